@@ -1,0 +1,677 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#     "torch>=2.6,<2.14",
+#     "gymnasium[box2d]>=1.1,<2",
+#     "numpy>=1.26",
+#     "tensorboard>=2.18",
+#     "tyro>=0.9",
+# ]
+# ///
+"""Proximal Policy Optimization (PPO) for discrete actions, complete in one file.
+
+    python ppo_discrete.py                                  # solve CartPole-v1
+    python ppo_discrete.py --env-id LunarLander-v3 --total-timesteps 1000000
+    tensorboard --logdir runs                               # watch the learning curves
+
+The algorithm: Schulman et al. 2017, arXiv:1707.06347 ("the paper" below). Its advantages (GAE):
+Schulman et al. 2016, arXiv:1506.02438. Time limits: Pardo et al. 2018, arXiv:1712.00378. What
+matters in practice: Huang et al. 2022, "The 37 Implementation Details of Proximal Policy
+Optimization"; Andrychowicz et al. 2021, arXiv:2006.05990.
+"""
+
+import contextlib
+import itertools
+import math
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
+from typing import Literal, NamedTuple
+
+import gymnasium as gym
+import numpy as np
+import torch
+import tyro
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.wrappers import vector as vector_wrappers
+from torch import Tensor, nn
+from torch.distributions import Categorical, Distribution
+from torch.utils.tensorboard import SummaryWriter
+
+
+@dataclass
+class Args:
+    exp_name: str = os.path.splitext(os.path.basename(__file__))[0]  # name of the experiment
+    seed: int = 1  # the same seed gives the same run, to the bit on one CPU
+    torch_deterministic: bool = True  # let cuDNN use deterministic algorithms only
+    cuda: bool = True  # use a GPU where there is one
+    run_dir: str | None = None  # folder of the run (default: a new one under runs/)
+    eval_episodes: int = 10  # greedy episodes played at the end, 0 for none
+
+    env_id: str = "CartPole-v1"  # Gymnasium id, or my_module:MyEnv-v0 for one of your own
+    total_timesteps: int = 500_000  # environment steps to learn from, over all environments
+    num_envs: int = 16  # environments stepped side by side
+    num_steps: int = 128  # steps of each environment per iteration
+    vectorization_mode: Literal["auto", "sync", "async"] = "auto"  # auto: native, else sync
+
+    hidden_size: int = 64  # units in each of the two hidden layers of both networks
+    activation: Literal["tanh", "relu"] = "tanh"  # nonlinearity of the hidden layers
+    norm_obs: bool = True  # normalise observations by their running mean and variance
+    norm_reward: bool = True  # divide rewards by the running deviation of the return
+
+    learning_rate: float = 1e-3  # step size of Adam at the start
+    anneal_lr: bool = True  # lower the learning rate linearly to 0 over the run
+    gamma: float = 0.99  # discount factor γ per step
+    gae_lambda: float = 0.95  # λ of generalised advantage estimation: 0 = TD(0), 1 = Monte Carlo
+    num_minibatches: int = 8  # gradient steps per epoch, each on an equal part of the data
+    update_epochs: int = 10  # passes over the data of an iteration
+    norm_adv: bool = True  # normalise the advantages of each minibatch
+    clip_coef: float = 0.2  # ε, how far the probability ratio may leave 1 and still gain
+    clip_vloss: bool = False  # keep the new value within ε of the old one in its loss too
+    ent_coef: float = 0.01  # weight of the entropy bonus
+    vf_coef: float = 0.5  # weight of the value loss
+    max_grad_norm: float = 0.5  # largest norm of the gradient of all parameters together
+    target_kl: float | None = None  # end an iteration's epochs once KL(old, new) exceeds this
+
+
+class UsageError(Exception):
+    """A mistake in the options that the user can correct; the text says how."""
+
+
+def validate(args: Args) -> None:
+    """Check the options that can be judged before there is an environment.
+
+    Raises:
+        UsageError: naming the option, its value and what was expected.
+    """
+    counts = "total_timesteps num_envs num_steps hidden_size num_minibatches update_epochs"
+    for names, is_valid, expected in (
+        (counts, lambda value: value >= 1, "at least 1"),
+        ("seed eval_episodes", lambda value: value >= 0, "0 or more"),
+        ("ent_coef vf_coef", lambda value: 0 <= value < math.inf, "0 or more, and finite"),
+        ("gamma gae_lambda", lambda value: 0 <= value <= 1, "between 0 and 1"),
+        (
+            "learning_rate clip_coef max_grad_norm target_kl",
+            lambda value: value is None or 0 < value < math.inf,
+            "above 0, and finite",
+        ),
+    ):
+        for name in names.split():
+            value = getattr(args, name)
+            if not is_valid(value):
+                raise UsageError(f"--{name.replace('_', '-')} {value} must be {expected}")
+
+    batch_size = args.num_envs * args.num_steps
+    rollout = f"--num-envs {args.num_envs} x --num-steps {args.num_steps} = {batch_size}"
+    if batch_size % args.num_minibatches:
+        raise UsageError(
+            f"--num-minibatches {args.num_minibatches} must divide {rollout} without remainder"
+        )
+    if args.norm_adv and batch_size == args.num_minibatches:
+        raise UsageError(
+            f"--num-minibatches {args.num_minibatches} leaves one of the {rollout} steps to a "
+            "minibatch, too few to normalise: choose fewer minibatches or --no-norm-adv"
+        )
+    if args.total_timesteps < batch_size:
+        raise UsageError(
+            f"--total-timesteps {args.total_timesteps} must be at least one rollout, {rollout}"
+        )
+
+
+def derive_seed(*key: int) -> int:
+    """One 32-bit seed per key of non-negative integers; those of different keys are unrelated.
+
+    Gymnasium seeds environment i with `seed + i`, so that seeds 1 and 2 would share most of their
+    environments' streams. Keys of this file: (seed, stream, index), see the three streams below.
+    """
+    return int(np.random.SeedSequence(key).generate_state(1)[0])
+
+
+PARAMETERS, ITERATION, EVALUATION = range(3)  # the streams of random numbers
+
+
+class RunningMoments(nn.Module):
+    """Mean and variance of all the data seen so far, in float64; 0 and 1 before there is any."""
+
+    def __init__(self, *shape: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(shape, dtype=torch.float64))
+        self.register_buffer("var", torch.ones(shape, dtype=torch.float64))
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+
+    def update(self, data: Tensor) -> None:
+        """Merge in data of shape [n, *shape] (Chan et al. 1979, parallel variance)."""
+        if len(data) == 0:
+            return
+        var, mean = torch.var_mean(data.double(), dim=0, correction=0)
+        share = len(data) / (self.count + len(data))  # of the new data in the whole
+        delta = mean - self.mean
+        self.mean += share * delta
+        self.var += share * (var - self.var) + share * (1 - share) * delta**2
+        self.count += len(data)
+
+
+def layer_init(layer: nn.Linear, std: float = math.sqrt(2)) -> nn.Linear:
+    """Orthogonal weights scaled by `std`, biases 0 (detail 2 of the 37)."""
+    nn.init.orthogonal_(layer.weight, std)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class Agent(nn.Module):
+    """The policy π (`actor`), the value function V (`critic`) and the statistics of their data.
+
+    All methods take raw observations, float32, [..., obs_dim], and normalise them themselves. The
+    statistics are buffers: whoever saves the `state_dict` saves them with it.
+    """
+
+    def __init__(self, observation_space: gym.Space, action_space: gym.Space, args: Args):
+        super().__init__()
+        self.norm_obs = args.norm_obs
+        obs_dim = math.prod(observation_space.shape)
+        self.obs_stats = RunningMoments(obs_dim)
+        self.return_stats = RunningMoments()
+        activation = {"tanh": nn.Tanh, "relu": nn.ReLU}[args.activation]
+
+        def network(outputs: int, std: float) -> nn.Sequential:
+            return nn.Sequential(
+                layer_init(nn.Linear(obs_dim, args.hidden_size)),
+                activation(),
+                layer_init(nn.Linear(args.hidden_size, args.hidden_size)),
+                activation(),
+                layer_init(nn.Linear(args.hidden_size, outputs), std),
+            )
+
+        self.critic = network(1, std=1.0)
+        self.actor = network(int(action_space.n), std=0.01)  # the logits
+        self.action_start = action_space.start
+
+    def normalize(self, obs: Tensor) -> Tensor:
+        """Observations with mean 0 and variance 1, as far as seen, clipped to 10 deviations."""
+        if not self.norm_obs:
+            return obs
+        deviation = (self.obs_stats.var + 1e-8).sqrt()
+        return ((obs - self.obs_stats.mean) / deviation).clamp(-10, 10).float()
+
+    def policy(self, obs: Tensor) -> Distribution:
+        """π(·|s): a categorical distribution over the actions 0 ... n - 1, [...]."""
+        return Categorical(logits=self.actor(self.normalize(obs)), validate_args=False)
+
+    def get_value(self, obs: Tensor) -> Tensor:
+        """V(s), [...]."""
+        return self.critic(self.normalize(obs)).squeeze(-1)
+
+    def get_action_and_value(
+        self, obs: Tensor, action: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Action (sampled where none is given), its log π(a|s), the entropy of π(·|s), and V(s)."""
+        policy = self.policy(obs)
+        if action is None:
+            action = policy.sample()
+        return action, policy.log_prob(action), policy.entropy(), self.get_value(obs)
+
+    def to_env(self, action: np.ndarray) -> np.ndarray:
+        """Actions as the environment takes them, [n]: a `Discrete` space may not start at 0."""
+        return action + self.action_start
+
+
+def compute_gae(
+    rewards: Tensor,
+    values: Tensor,
+    next_values: Tensor,
+    terminations: Tensor,
+    dones: Tensor,
+    gamma: float,
+    gae_lambda: float,
+) -> Tensor:
+    """Generalised advantage estimates (Schulman et al. 2016, eq. 16), all [num_steps, num_envs].
+
+    Args:
+        rewards: r[t], of the step from s[t] to s[t+1].
+        values: V(s[t]).
+        next_values: V(s[t+1]), where s[t+1] is what the step itself led to, never a reset.
+        terminations: the task ended in s[t+1], whose future is therefore worth nothing.
+        dones: the episode ended in s[t+1], by termination or by a time limit (whose future is worth
+            V(s[t+1]), Pardo et al. 2018); no later reward enters the estimate.
+    """
+    deltas = rewards + gamma * next_values * ~terminations - values
+    decay = gamma * gae_lambda * ~dones
+    advantages = torch.zeros_like(rewards)
+    advantage = torch.zeros_like(rewards[0])
+    for t in reversed(range(len(rewards))):
+        advantages[t] = advantage = deltas[t] + decay[t] * advantage
+    return advantages
+
+
+class Batch(NamedTuple):
+    """What the policy learns from: one row per step, reset rows (see `Rollout`) with weight 0."""
+
+    obs: Tensor  # [n, obs_dim]
+    actions: Tensor  # [n], int64
+    logprobs: Tensor  # [n], log π_old(a|s)
+    advantages: Tensor  # [n]
+    returns: Tensor  # [n], what V should have said: advantages + values
+    values: Tensor  # [n], V_old(s)
+    weights: Tensor  # [n], their sum with a quantity is its mean over the real rows of a minibatch
+
+
+def ppo_loss(
+    logprobs: Tensor, entropies: Tensor, values: Tensor, mb: Batch, args: Args
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of a minibatch, -L^CLIP + c1 L^VF - c2 S (eq. 9 of the PPO paper, to be minimised).
+
+    Args:
+        logprobs, entropies, values: what the policy being trained says of the minibatch, each [n].
+        mb: the minibatch and what the policy that collected it said.
+        args: clip_coef, clip_vloss, ent_coef and vf_coef are used.
+
+    Returns:
+        The loss and its parts and diagnostics, all scalars, the latter without gradient.
+    """
+    logratios = logprobs - mb.logprobs
+    ratios = logratios.exp()  # r(θ)
+    clipped_ratios = ratios.clamp(1 - args.clip_coef, 1 + args.clip_coef)
+    surrogate = torch.min(ratios * mb.advantages, clipped_ratios * mb.advantages)
+    policy_loss = -mb.weights @ surrogate  # eq. 7
+
+    value_errors = (values - mb.returns).square()
+    if args.clip_vloss:
+        clipped_values = mb.values + (values - mb.values).clamp(-args.clip_coef, args.clip_coef)
+        value_errors = torch.max(value_errors, (clipped_values - mb.returns).square())
+    value_loss = 0.5 * mb.weights @ value_errors
+
+    entropy = mb.weights @ entropies
+    loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy
+    with torch.no_grad():
+        return loss, {
+            "policy_loss": policy_loss.detach(),
+            "value_loss": value_loss.detach(),
+            "entropy": entropy.detach(),
+            "old_approx_kl": mb.weights @ -logratios,
+            "approx_kl": mb.weights @ (ratios - 1 - logratios),  # joschu.net/blog/kl-approx.html
+            "clipfrac": mb.weights @ ((ratios - 1).abs() > args.clip_coef).float(),
+        }
+
+
+def make_envs(args: Args) -> VectorEnv:
+    """The vector environment to train in, its episodes counted, its observations a Box.
+
+    Raises:
+        UsageError: where there is no such environment, or this script cannot learn in it.
+    """
+
+    def refuse(reason: str) -> UsageError:
+        return UsageError(f"--env-id {args.env_id}: {reason}")
+
+    mode = None if args.vectorization_mode == "auto" else args.vectorization_mode
+    try:
+        envs = gym.make_vec(args.env_id, args.num_envs, mode)
+    except gym.error.NamespaceNotFound as error:
+        raise refuse(
+            f"{error} Install it and name the module that registers the environment, as in: "
+            "pip install ale-py; --env-id ale_py:ALE/Pong-v5"
+        ) from None
+    except (gym.error.Error, ImportError) as error:
+        raise refuse(
+            f"{error} (gymnasium.pprint_registry() lists the known ids; a module named before a "
+            "colon, and what it imports, must be installed or on PYTHONPATH)"
+        ) from None
+
+    if not isinstance(envs.single_action_space, gym.spaces.Discrete):
+        raise refuse(
+            f"its actions are {envs.single_action_space}, "
+            "but ppo_discrete.py is for Discrete and ppo_continuous.py for Box actions"
+        )
+    if envs.metadata.get("autoreset_mode") is not AutoresetMode.NEXT_STEP:
+        raise refuse(
+            f"its autoreset mode is {envs.metadata.get('autoreset_mode')}, this script needs "
+            "metadata['autoreset_mode'] = AutoresetMode.NEXT_STEP"
+        )
+    if not envs.single_observation_space.is_np_flattenable:
+        raise refuse(
+            f"its observations are {envs.single_observation_space}, which Gymnasium does not "
+            "flatten to a Box"
+        )
+    if not isinstance(envs.single_observation_space, gym.spaces.Box):
+        envs = vector_wrappers.FlattenObservation(envs)
+    return vector_wrappers.RecordEpisodeStatistics(envs)
+
+
+class Rollout(NamedTuple):
+    """What the environments answered: [num_steps, num_envs, ...], obs and resets one row longer.
+
+    Row t holds the step from obs[t] to obs[t+1]. Vector environments begin a new episode one step
+    after the last one ended (`AutoresetMode.NEXT_STEP`): where resets[t] is true, obs[t] is the end
+    of an episode, obs[t+1] the start of the next and row t, a *reset row*, no step at all. It must
+    not enter anything. Row num_steps is where the next rollout goes on.
+    """
+
+    obs: Tensor  # float32, [num_steps + 1, num_envs, obs_dim]
+    actions: Tensor  # [num_steps, num_envs], int64
+    rewards: Tensor  # float32, 0 in reset rows
+    terminations: Tensor  # bool, the task ended (rather than the time that was given for it)
+    resets: Tensor  # bool, [num_steps + 1, num_envs]
+    discounted: Tensor  # float32, sum of the episode's rewards so far, each γ times the one after
+    episodes: list[tuple[int, float, int]]  # (global step, return, length) of each that ended
+
+    @property
+    def is_real(self) -> Tensor:
+        """Which rows are steps: bool, [num_steps, num_envs]."""
+        return ~self.resets[:-1]
+
+
+class EnvState(NamedTuple):
+    """Where the environments are between two rollouts, each [num_envs, ...] as in `Rollout`."""
+
+    obs: np.ndarray
+    resets: np.ndarray
+    discounted: np.ndarray
+
+
+def flat(obs: np.ndarray) -> np.ndarray:
+    """Observations as the agent takes them: [n, *shape] -> [n, obs_dim], float32."""
+    return obs.reshape(len(obs), -1).astype(np.float32)
+
+
+def collect(
+    envs: VectorEnv, agent: Agent, state: EnvState, global_step: int, args: Args
+) -> tuple[Rollout, EnvState]:
+    """Play num_steps x num_envs rows with the current policy, on from `state`.
+
+    Raises:
+        FloatingPointError: an observation or a reward is not finite.
+    """
+    device = next(agent.parameters()).device
+    obs, resets, discounted = state
+    rows, episodes = [], []
+    for _ in range(args.num_steps):
+        with torch.no_grad():
+            action = agent.policy(torch.as_tensor(obs, device=device)).sample().cpu().numpy()
+        next_obs, reward, terminated, truncated, infos = envs.step(agent.to_env(action))
+        next_obs, reward = flat(next_obs), np.where(resets, 0, reward).astype(np.float32)
+        if not (np.isfinite(next_obs).all() and np.isfinite(reward).all()):
+            raise FloatingPointError(
+                f"--env-id {args.env_id} returned an observation or a reward that is not finite "
+                f"at step {global_step}: {next_obs}, {reward}"
+            )
+        discounted = args.gamma * discounted * ~resets + reward
+        rows.append((obs, action, reward, terminated, resets, discounted))
+
+        steps = global_step + np.cumsum(~resets)  # each real row has a number of its own
+        obs, resets, global_step = next_obs, terminated | truncated, int(steps[-1])
+        if resets.any():
+            stats = infos["episode"]
+            episodes += zip(steps[resets], stats["r"][resets], stats["l"][resets], strict=True)
+
+    columns = [np.stack(column) for column in zip(*rows, strict=True)]
+    columns[0] = np.concatenate((columns[0], obs[None]))
+    columns[4] = np.concatenate((columns[4], resets[None]))
+    rollout = Rollout(*(torch.as_tensor(c, device=device) for c in columns), episodes)
+    return rollout, EnvState(obs, resets, discounted)
+
+
+@torch.no_grad()
+def prepare(rollout: Rollout, agent: Agent, args: Args) -> Batch:
+    """The rollout as a batch to learn from, with what the policy that collected it says of it."""
+    rewards = rollout.rewards
+    if args.norm_reward:
+        agent.return_stats.update(rollout.discounted[rollout.is_real])
+        deviation = (agent.return_stats.var + 1e-8).sqrt()
+        rewards = (rewards / deviation).clamp(-10, 10).float()
+    all_values = agent.get_value(rollout.obs)  # [num_steps + 1, num_envs]
+    values, next_values = all_values[:-1], all_values[1:]
+    advantages = compute_gae(
+        rewards,
+        values,
+        next_values,
+        rollout.terminations,
+        rollout.resets[1:],
+        args.gamma,
+        args.gae_lambda,
+    )
+    columns = (
+        rollout.obs[:-1],
+        rollout.actions,
+        agent.policy(rollout.obs[:-1]).log_prob(rollout.actions),
+        advantages,
+        advantages + values,
+        values,
+        rollout.is_real.float(),
+    )
+    return Batch(*(column.flatten(0, 1) for column in columns))
+
+
+def minibatches(batch: Batch, args: Args) -> Iterator[Batch]:
+    """Shuffle all rows into equal minibatches, each with its advantages normalised.
+
+    Their number and size do not depend on the data; a minibatch of nothing but reset rows is
+    left out, since even a gradient of 0 moves parameters, by Adam's momentum.
+    """
+    order = torch.randperm(len(batch.weights)).to(batch.weights.device)
+    # each column: [num_minibatches, minibatch_size, ...]
+    shuffled = Batch(*(x[order].unflatten(0, (args.num_minibatches, -1)) for x in batch))
+    counts = shuffled.weights.sum(1, keepdim=True)
+    weights, advantages = shuffled.weights / counts.clamp(min=1), shuffled.advantages
+    if args.norm_adv:
+        mean = (weights * advantages).sum(1, keepdim=True)
+        variance = (weights * (advantages - mean).square()).sum(1, keepdim=True)
+        advantages = (advantages - mean) / (variance.sqrt() + 1e-8)
+    shuffled = shuffled._replace(weights=weights, advantages=advantages)
+    for count, *columns in zip(counts.tolist(), *shuffled, strict=True):
+        if count != [0.0]:
+            yield Batch(*columns)
+
+
+def gradient_step(
+    agent: Agent, optimizer: torch.optim.Optimizer, mb: Batch, args: Args
+) -> dict[str, Tensor]:
+    """Descend the loss of one minibatch; returns its diagnostics, scalars on the agent's device."""
+    _, logprobs, entropies, values = agent.get_action_and_value(mb.obs, mb.actions)
+    loss, metrics = ppo_loss(logprobs, entropies, values, mb, args)
+    optimizer.zero_grad()
+    loss.backward()
+    metrics["grad_norm"] = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+    optimizer.step()
+    return metrics
+
+
+def update(
+    agent: Agent, optimizer: torch.optim.Optimizer, batch: Batch, args: Args
+) -> dict[str, float]:
+    """Improve the policy and the value function: epochs x minibatches of gradient steps.
+
+    Returns:
+        The mean of each diagnostic over the minibatches of the last epoch; nothing if all rows are
+        reset rows.
+    """
+    metrics: dict[str, Tensor] = {}
+    for _ in range(args.update_epochs):
+        steps = [gradient_step(agent, optimizer, mb, args) for mb in minibatches(batch, args)]
+        if not steps:
+            break
+        metrics = {name: torch.stack([m[name] for m in steps]).mean() for name in steps[0]}
+        if args.target_kl is not None and metrics["approx_kl"] > args.target_kl:
+            break
+    return {name: value.item() for name, value in metrics.items()}
+
+
+def explained_variance(batch: Batch) -> float:
+    """Share of the returns' variance that V_old foresaw: 1 is all of it, 0 is none."""
+    is_real = batch.weights > 0
+    errors, returns = (batch.returns - batch.values)[is_real], batch.returns[is_real]
+    return float(1 - errors.var(correction=0) / returns.var(correction=0))
+
+
+def evaluate(agent: Agent, args: Args) -> list[float]:
+    """Returns of `eval_episodes` greedy episodes in a fresh environment, one after the other.
+
+    Episode k depends on (seed, k) and the agent alone. Where the environment registers no time
+    limit, an episode is cut after 10,000 steps: a policy that stands still would never end it.
+    """
+    device = next(agent.parameters()).device
+    returns = []
+    with contextlib.closing(make_envs(replace(args, num_envs=1))) as envs:
+        time_limit = envs.spec.max_episode_steps or 10_000
+        for episode in range(args.eval_episodes):
+            obs, _ = envs.reset(seed=derive_seed(args.seed, EVALUATION, episode))
+            returns.append(0.0)
+            for _ in range(time_limit):
+                with torch.no_grad():
+                    action = agent.policy(torch.as_tensor(flat(obs), device=device)).mode
+                action = agent.to_env(action.cpu().numpy())
+                obs, reward, terminated, truncated, _ = envs.step(action)
+                returns[-1] += float(reward[0])
+                if terminated[0] or truncated[0]:
+                    break
+    return returns
+
+
+def make_run_dir(args: Args) -> str:
+    """Make the folder of the run, one that no other run has.
+
+    Raises:
+        UsageError: --run-dir holds something already.
+    """
+    if args.run_dir is not None:
+        os.makedirs(args.run_dir, exist_ok=True)
+        if os.listdir(args.run_dir):
+            raise UsageError(f"--run-dir {args.run_dir} is not empty: name a new folder")
+        return args.run_dir
+    env_name = re.sub(r"[^\w.-]+", "-", args.env_id)
+    name = f"runs/{env_name}__{args.exp_name}__{args.seed}__{int(time.time())}"
+    for run_dir in itertools.chain([name], (f"{name}-{n}" for n in itertools.count(2))):
+        with contextlib.suppress(FileExistsError):
+            os.makedirs(run_dir)
+            return run_dir
+    raise AssertionError("unreachable: the names never end")
+
+
+class Log:
+    """What the user sees of a run: TensorBoard's curves and a line about its progress."""
+
+    def __init__(self, args: Args):
+        self.args = args
+        self.episodes: list[tuple[int, float]] = []  # (global step, return) of each that ended
+        self.run_dir = make_run_dir(args)
+        # the queue is long so that learning never waits for the disk
+        self.writer = SummaryWriter(self.run_dir, max_queue=10_000, flush_secs=5)
+        rows = "".join(f"\n|{name}|{value}|" for name, value in asdict(args).items())
+        self.writer.add_text("hyperparameters", f"|option|value|\n|-|-|{rows}")
+        self.start_time = self.shown_time = time.time()
+        self.is_line_open = False
+
+    def close(self) -> None:
+        self.writer.close()
+        if self.is_line_open:
+            print()
+
+    def add(self, global_step: int, rollout: Rollout, scalars: dict[str, float]) -> None:
+        """Write what an iteration brought, and show how far the run is."""
+        for step, episodic_return, length in rollout.episodes:
+            self.writer.add_scalar("charts/episodic_return", episodic_return, step)
+            self.writer.add_scalar("charts/episodic_length", length, step)
+            self.episodes.append((step, episodic_return))
+        speed = global_step / (time.time() - self.start_time)
+        for tag, value in (scalars | {"charts/SPS": speed}).items():
+            self.writer.add_scalar(tag, value, global_step)
+
+        total = self.args.total_timesteps
+        is_done = global_step >= total
+        returns = [episodic_return for _, episodic_return in self.episodes[-100:]]
+        line = (
+            f"{min(1, global_step / total):4.0%}  {global_step:,} steps  return "
+            f"{f'{np.mean(returns):.1f}' if returns else '-'}  {speed:,.0f} steps/s  "
+            f"{timedelta(seconds=max(0, total - global_step) // speed)} left"
+        )
+        if sys.stdout.isatty():  # rewrite the line in place
+            print(f"\r{line}\033[K", end="\n" if is_done else "", flush=True)
+            self.is_line_open = not is_done
+        elif is_done or time.time() - self.shown_time > 5:
+            print(line, flush=True)
+            self.shown_time = time.time()
+
+
+def train(args: Args) -> dict:
+    """Learn with PPO (Algorithm 1 of the paper), then play greedily.
+
+    Returns:
+        agent: the trained `Agent`; global_step: how many steps it learned from; episodes: (step,
+        return) of each finished episode; eval_returns: those of the greedy episodes at the end.
+
+    Raises:
+        UsageError: an option is wrong; nothing was written.
+        FloatingPointError: an observation, a reward or the loss became NaN or infinite.
+        OSError: the folder of the run cannot be written.
+    """
+    validate(args)
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # more would slow small networks down
+    torch.backends.cudnn.deterministic = args.torch_deterministic
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    with contextlib.closing(make_envs(args)) as envs, contextlib.closing(Log(args)) as log:
+        torch.manual_seed(derive_seed(args.seed, PARAMETERS))
+        agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(device)
+        optimizer = torch.optim.Adam(agent.parameters(), args.learning_rate, eps=1e-5, fused=True)
+
+        obs, _ = envs.reset(seed=derive_seed(args.seed, ITERATION, 0))
+        state = EnvState(flat(obs), np.zeros(args.num_envs, bool), np.zeros(args.num_envs))
+        global_step = 0
+        for iteration in itertools.count():
+            torch.manual_seed(derive_seed(args.seed, ITERATION, iteration))
+            remaining = 1 - global_step / args.total_timesteps if args.anneal_lr else 1
+            optimizer.param_groups[0]["lr"] = remaining * args.learning_rate
+
+            rollout, state = collect(envs, agent, state, global_step, args)
+            batch = prepare(rollout, agent, args)
+            metrics = update(agent, optimizer, batch, args)
+            agent.obs_stats.update(rollout.obs[:-1][rollout.is_real])
+            global_step += int(rollout.is_real.sum())
+
+            if not all(map(math.isfinite, metrics.values())):
+                raise FloatingPointError(
+                    f"the loss became NaN or infinite at step {global_step}: try a lower "
+                    f"--learning-rate than {args.learning_rate}"
+                )
+            scalars = {f"losses/{name}": value for name, value in metrics.items()}
+            scalars["losses/explained_variance"] = explained_variance(batch)
+            scalars["charts/learning_rate"] = remaining * args.learning_rate
+            log.add(global_step, rollout, scalars)
+            if global_step >= args.total_timesteps:
+                break
+
+        eval_returns = evaluate(agent, args)
+        if eval_returns:
+            mean, std = np.mean(eval_returns), np.std(eval_returns)
+            print(f"greedy return over {len(eval_returns)} episodes: {mean:.1f} ± {std:.1f}")
+            log.writer.add_scalar("eval/episodic_return", mean, global_step)
+        print(f"tensorboard --logdir {log.run_dir}")
+    return {
+        "agent": agent,
+        "global_step": global_step,
+        "episodes": log.episodes,
+        "eval_returns": eval_returns,
+    }
+
+
+def main() -> None:
+    """Train with the options of the command line.
+
+    Exit codes: 0 done, 1 the run failed, 2 wrong usage (both with one line that says why), 130
+    stopped by Ctrl-C.
+    """
+    args = tyro.cli(Args, description=__doc__)
+    try:
+        train(args)
+    except (UsageError, FloatingPointError, OSError) as error:
+        print("error:", *str(error).split(), file=sys.stderr)  # on one line
+        sys.exit(2 if isinstance(error, UsageError) else 1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
