@@ -239,7 +239,7 @@ def compute_gae(
             V(s[t+1]), Pardo et al. 2018); no later reward enters the estimate.
     """
     deltas = rewards + gamma * next_values * ~terminations - values
-    decay = gamma * gae_lambda * ~dones
+    decay = gamma * gae_lambda * (~dones).to(rewards)
     advantages = torch.zeros_like(rewards)
     advantage = torch.zeros_like(rewards[0])
     for t in reversed(range(len(rewards))):
@@ -293,7 +293,7 @@ def ppo_loss(
             "entropy": entropy.detach(),
             "old_approx_kl": mb.weights @ -logratios,
             "approx_kl": mb.weights @ (ratios - 1 - logratios),  # joschu.net/blog/kl-approx.html
-            "clipfrac": mb.weights @ ((ratios - 1).abs() > args.clip_coef).float(),
+            "clipfrac": mb.weights @ ((ratios - 1).abs() > args.clip_coef).to(ratios),
         }
 
 
@@ -393,19 +393,20 @@ def collect(
             action = agent.policy(torch.as_tensor(obs, device=device)).sample().cpu().numpy()
         next_obs, reward, terminated, truncated, infos = envs.step(agent.to_env(action))
         next_obs, reward = flat(next_obs), np.where(resets, 0, reward).astype(np.float32)
-        if not (np.isfinite(next_obs).all() and np.isfinite(reward).all()):
-            raise FloatingPointError(
-                f"--env-id {args.env_id} returned an observation or a reward that is not finite "
-                f"at step {global_step}: {next_obs}, {reward}"
-            )
         discounted = args.gamma * discounted * ~resets + reward
         rows.append((obs, action, reward, terminated, resets, discounted))
-
         steps = global_step + np.cumsum(~resets)  # each real row has a number of its own
         obs, resets, global_step = next_obs, terminated | truncated, int(steps[-1])
+
+        for name, value in (("observation", obs), ("reward", reward)):
+            if not np.isfinite(value).all():
+                raise FloatingPointError(
+                    f"--env-id {args.env_id} returned a {name} that is NaN or infinite at step "
+                    f"{global_step}: correct the environment"
+                )
         if resets.any():
-            stats = infos["episode"]
-            episodes += zip(steps[resets], stats["r"][resets], stats["l"][resets], strict=True)
+            ended = (steps, infos["episode"]["r"], infos["episode"]["l"])
+            episodes += zip(*(column[resets].tolist() for column in ended), strict=True)
 
     columns = [np.stack(column) for column in zip(*rows, strict=True)]
     columns[0] = np.concatenate((columns[0], obs[None]))

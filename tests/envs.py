@@ -1,0 +1,242 @@
+"""Small environments whose answers are known, registered with Gymnasium as `tests/...`.
+
+Each takes `continuous`: with it an action is one number in [-1, 1], without it 0 or 1.
+"""
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+
+END = 1000.0  # Counting shows END + t in the last observation of an episode of t steps
+
+
+def binary_action_space(continuous: bool) -> spaces.Space:
+    return spaces.Box(-1, 1, (1,), np.float32) if continuous else spaces.Discrete(2)
+
+
+def is_high(action) -> bool:
+    return bool(np.asarray(action).item() > 0)
+
+
+class Tiny(gym.Env):
+    """Base of the environments with one number as observation."""
+
+    def __init__(self, continuous: bool):
+        self.observation_space = spaces.Box(-np.inf, np.inf, (1,), np.float32)
+        self.action_space = binary_action_space(continuous)
+        self.t = 0
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t = 0
+        return self.observe(), {}
+
+    def observe(self) -> np.ndarray:
+        return np.zeros(1, np.float32)
+
+
+class ConstantReward(Tiny):
+    """One step, reward 1: V = 1."""
+
+    def step(self, action):
+        return self.observe(), 1.0, True, False, {}
+
+
+class ObservedReward(Tiny):
+    """One step, the reward is the observation, -1 or 1: V(s) = s."""
+
+    def observe(self):
+        self.sign = self.np_random.choice([-1.0, 1.0])
+        return np.array([self.sign], np.float32)
+
+    def step(self, action):
+        reward = self.sign
+        return self.observe(), reward, True, False, {}
+
+
+class TwoSteps(Tiny):
+    """Two steps, reward 1 after the second: V(0) = gamma, V(1) = 1."""
+
+    def observe(self):
+        return np.array([self.t], np.float32)
+
+    def step(self, action):
+        self.t += 1
+        return self.observe(), float(self.t == 2), self.t == 2, False, {}
+
+
+class ActionReward(Tiny):
+    """One step, reward 1 for a high action and -1 for a low one."""
+
+    def step(self, action):
+        return self.observe(), 1.0 if is_high(action) else -1.0, True, False, {}
+
+
+class MatchReward(ObservedReward):
+    """One step, reward 1 for an action that is high exactly where the observation is 1, else -1."""
+
+    def step(self, action):
+        reward = 1.0 if is_high(action) == (self.sign > 0) else -1.0
+        return self.observe(), reward, True, False, {}
+
+
+class Endless(Tiny):
+    """Reward 1 for ever, cut by a time limit of 5 steps: V = 1 / (1 - gamma)."""
+
+    def step(self, action):
+        self.t += 1
+        return self.observe(), 1.0, False, self.t >= 5, {}
+
+
+class Counting(Tiny):
+    """Shows (t, END) alternatingly ended episodes of 1, 2, 3, 4, 1, ... steps, reward t + 1.
+
+    The last observation of an episode is END + t: no step ever starts from it, so that a reset row
+    is recognised by its observation. `log` holds what really happened: (observation, reward, ended)
+    of each step, in order.
+    """
+
+    def __init__(self, continuous: bool):
+        super().__init__(continuous)
+        self.episode, self.length, self.log = -1, 0, []
+
+    def reset(self, *, seed=None, options=None):
+        self.episode += 1
+        self.length = self.episode % 4 + 1
+        return super().reset(seed=seed)
+
+    def observe(self):
+        return np.array([self.t + (END if self.t == self.length else 0)], np.float32)
+
+    def step(self, action):
+        before = self.observe()
+        self.t += 1
+        ended = self.t == self.length
+        self.log.append((before.item(), float(self.t), ended))
+        is_terminated = ended and self.episode % 3 > 0
+        return self.observe(), float(self.t), is_terminated, ended and not is_terminated, {}
+
+
+class CountingVector(VectorEnv):
+    """`Counting` as a native vector environment, which pays a reward of NaN in reset rows."""
+
+    metadata = {"autoreset_mode": AutoresetMode.NEXT_STEP}
+    reset_reward = np.nan
+
+    def __init__(self, num_envs: int, continuous: bool, max_episode_steps: int | None = None):
+        self.num_envs = num_envs
+        self.envs = [Counting(continuous) for _ in range(num_envs)]
+        self.single_observation_space = self.envs[0].observation_space
+        self.single_action_space = self.envs[0].action_space
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self.action_space = batch_space(self.single_action_space, num_envs)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.done = np.zeros(self.num_envs, bool)
+        return np.stack([env.reset()[0] for env in self.envs]), {}
+
+    def step(self, actions):
+        rows = []
+        for env, action, done in zip(self.envs, actions, self.done, strict=True):
+            if done:
+                rows.append((env.reset()[0], self.reset_reward, False, False))
+            else:
+                rows.append(env.step(action)[:4])
+        obs, rewards, terminated, truncated = (np.array(column) for column in zip(*rows, strict=1))
+        self.done = terminated | truncated
+        return obs, rewards, terminated, truncated, {}
+
+
+class SameStepVector(CountingVector):
+    metadata = {"autoreset_mode": AutoresetMode.SAME_STEP}
+
+
+class UnsaidModeVector(CountingVector):
+    metadata = {}
+
+
+class Seeds(Tiny):
+    """Ends after each step and notes in `seen` every seed it was reset with."""
+
+    seen: list[int] = []
+
+    def reset(self, *, seed=None, options=None):
+        if seed is not None:
+            self.seen.append(seed)
+        return super().reset(seed=seed)
+
+    def step(self, action):
+        return self.observe(), 0.0, True, False, {}
+
+
+class Broken(Tiny):
+    """Ten good steps an environment, then a value that is not finite."""
+
+    def __init__(self, continuous: bool, obs: float = 0.0, reward: float = 0.0):
+        super().__init__(continuous)
+        self.obs, self.reward = obs, reward
+
+    def step(self, action):
+        self.t += 1
+        if self.t <= 10:
+            return self.observe(), 0.0, False, False, {}
+        return np.full(1, self.obs, np.float32), self.reward, False, False, {}
+
+
+class Strict(gym.Env):
+    """Refuses an action that is not in its space exactly as declared; remembers those it got."""
+
+    def __init__(self, action_space: spaces.Space, observation_space: spaces.Space | None = None):
+        self.action_space = action_space
+        self.observation_space = observation_space or spaces.Box(-1, 1, (2, 3), np.float64)
+        self.actions = []
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.observation_space.seed(seed)
+        return self.observation_space.sample(), {}
+
+    def step(self, action):
+        assert action in self.action_space, f"{action!r} is not in {self.action_space}"
+        self.actions.append(np.array(action))
+        return self.observation_space.sample(), 0.0, False, len(self.actions) % 7 == 0, {}
+
+
+ENVS = {
+    "ConstantReward": ConstantReward,
+    "ObservedReward": ObservedReward,
+    "TwoSteps": TwoSteps,
+    "ActionReward": ActionReward,
+    "MatchReward": MatchReward,
+    "Endless": Endless,
+    "Counting": Counting,
+    "Seeds": Seeds,
+}
+VECTOR_ENVS = {
+    "CountingVector": CountingVector,
+    "SameStepVector": SameStepVector,
+    "UnsaidModeVector": UnsaidModeVector,
+}
+
+for kind in ("Discrete", "Continuous"):
+    kwargs = {"continuous": kind == "Continuous"}
+    for name, env in ENVS.items():
+        gym.register(f"tests/{name}{kind}-v0", env, kwargs=kwargs)
+    for name, env in VECTOR_ENVS.items():
+        gym.register(f"tests/{name}{kind}-v0", vector_entry_point=env, kwargs=kwargs)
+    for value in (np.nan, np.inf):
+        gym.register(f"tests/{value}Obs{kind}-v0", Broken, kwargs=kwargs | {"obs": value})
+        gym.register(f"tests/{value}Reward{kind}-v0", Broken, kwargs=kwargs | {"reward": value})
+    action_space = binary_action_space(**kwargs)
+    sequence = spaces.Sequence(spaces.Discrete(2))
+    gym.register(
+        f"tests/Sequence{kind}-v0",
+        Strict,
+        kwargs={"action_space": action_space, "observation_space": sequence},
+    )
+gym.register(
+    "tests/MultiDiscrete-v0", Strict, kwargs={"action_space": spaces.MultiDiscrete([2, 3])}
+)
