@@ -21,23 +21,20 @@ Optimization"; Andrychowicz et al. 2021, arXiv:2006.05990.
 """
 
 import contextlib
-import itertools
 import math
 import os
 import re
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Literal, NamedTuple
 
 import gymnasium as gym
 import numpy as np
 import torch
 import tyro
-from gymnasium.vector import AutoresetMode, VectorEnv
-from gymnasium.wrappers import vector as vector_wrappers
+from gymnasium.spaces import Box
 from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal
 from torch.utils.tensorboard import SummaryWriter
@@ -82,44 +79,42 @@ class UsageError(Exception):
     """A mistake in the options that the user can correct; the text says how."""
 
 
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UsageError(message)
+
+
 def validate(args: Args) -> None:
     """Check the options that can be judged before there is an environment.
 
     Raises:
         UsageError: naming the option, its value and what was expected.
     """
-    counts = "total_timesteps num_envs num_steps hidden_size num_minibatches update_epochs"
-    for names, is_valid, expected in (
-        (counts, lambda value: value >= 1, "at least 1"),
-        ("seed eval_episodes", lambda value: value >= 0, "0 or more"),
-        ("ent_coef vf_coef", lambda value: 0 <= value < math.inf, "0 or more, and finite"),
-        ("gamma gae_lambda", lambda value: 0 <= value <= 1, "between 0 and 1"),
-        (
-            "learning_rate clip_coef max_grad_norm target_kl",
-            lambda value: value is None or 0 < value < math.inf,
-            "above 0, and finite",
-        ),
-    ):
+
+    def require_all(names: str, is_valid, expected: str) -> None:
         for name in names.split():
-            value = getattr(args, name)
-            if not is_valid(value):
-                raise UsageError(f"--{name.replace('_', '-')} {value} must be {expected}")
+            flag, value = name.replace("_", "-"), getattr(args, name)
+            require(value is None or is_valid(value), f"--{flag} {value} must be {expected}")
+
+    counts = "total_timesteps num_envs num_steps hidden_size num_minibatches update_epochs"
+    require_all(counts, lambda x: x >= 1, "at least 1")
+    require_all("seed eval_episodes ent_coef vf_coef", lambda x: 0 <= x < math.inf, "0 or more")
+    require_all("gamma gae_lambda", lambda x: 0 <= x <= 1, "between 0 and 1")
+    scales = "learning_rate clip_coef max_grad_norm target_kl"
+    require_all(scales, lambda x: 0 < x < math.inf, "above 0 and finite")
 
     batch_size = args.num_envs * args.num_steps
     rollout = f"--num-envs {args.num_envs} x --num-steps {args.num_steps} = {batch_size}"
-    if batch_size % args.num_minibatches:
-        raise UsageError(
-            f"--num-minibatches {args.num_minibatches} must divide {rollout} without remainder"
-        )
-    if args.norm_adv and batch_size == args.num_minibatches:
-        raise UsageError(
-            f"--num-minibatches {args.num_minibatches} leaves one of the {rollout} steps to a "
-            "minibatch, too few to normalise: choose fewer minibatches or --no-norm-adv"
-        )
-    if args.total_timesteps < batch_size:
-        raise UsageError(
-            f"--total-timesteps {args.total_timesteps} must be at least one rollout, {rollout}"
-        )
+    parts = f"--num-minibatches {args.num_minibatches}"
+    require(batch_size % args.num_minibatches == 0, f"{parts} must divide {rollout} evenly")
+    require(
+        args.num_minibatches < batch_size or not args.norm_adv,
+        f"{parts} must be less than {rollout}: one step alone cannot be normalised (--no-norm-adv)",
+    )
+    require(
+        args.total_timesteps >= batch_size,
+        f"--total-timesteps {args.total_timesteps} must be at least one rollout, {rollout}",
+    )
 
 
 def derive_seed(*key: int) -> int:
@@ -178,13 +173,10 @@ class Agent(nn.Module):
         activation = {"tanh": nn.Tanh, "relu": nn.ReLU}[args.activation]
 
         def network(outputs: int, std: float) -> nn.Sequential:
-            return nn.Sequential(
-                layer_init(nn.Linear(obs_dim, args.hidden_size)),
-                activation(),
-                layer_init(nn.Linear(args.hidden_size, args.hidden_size)),
-                activation(),
-                layer_init(nn.Linear(args.hidden_size, outputs), std),
-            )
+            first = layer_init(nn.Linear(obs_dim, args.hidden_size))
+            second = layer_init(nn.Linear(args.hidden_size, args.hidden_size))
+            last = layer_init(nn.Linear(args.hidden_size, outputs), std)
+            return nn.Sequential(first, activation(), second, activation(), last)
 
         self.critic = network(1, std=1.0)
         action_dim = math.prod(action_space.shape)
@@ -198,6 +190,10 @@ class Agent(nn.Module):
         self.action_space = action_space
         self.action_limit = np.where(bounded, 1, np.inf)
         self.action_center, self.action_scale = low / 2 + high / 2, high / 2 - low / 2
+
+    @property
+    def device(self) -> torch.device:
+        return self.obs_stats.mean.device
 
     def normalize(self, obs: Tensor) -> Tensor:
         """Observations with mean 0 and variance 1, as far as seen, clipped to 10 deviations."""
@@ -215,36 +211,31 @@ class Agent(nn.Module):
         """V(s), [...]."""
         return self.critic(self.normalize(obs)).squeeze(-1)
 
-    def get_action_and_value(
-        self, obs: Tensor, action: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def get_action_and_value(self, obs: Tensor, action: Tensor | None = None) -> tuple[Tensor, ...]:
         """Action (sampled where none is given), its log π(a|s), the entropy of π(·|s), and V(s)."""
         policy = self.policy(obs)
         if action is None:
             action = policy.sample()
         return action, policy.log_prob(action), policy.entropy(), self.get_value(obs)
 
+    @torch.no_grad()
+    def act(self, obs: np.ndarray, greedy: bool = False) -> np.ndarray:
+        """Actions for observations in NumPy: samples of π(·|s), or its modes."""
+        policy = self.policy(torch.as_tensor(obs, device=self.device))
+        return (policy.mode if greedy else policy.sample()).cpu().numpy()
+
     def to_env(self, action: np.ndarray) -> np.ndarray:
         """Actions as the environment takes them: [n, action_dim] -> [n, *action_space.shape]."""
         space = self.action_space
-        action = action.reshape(-1, *space.shape)
-        action = action.clip(-self.action_limit, self.action_limit)
+        action = action.reshape(-1, *space.shape).clip(-self.action_limit, self.action_limit)
         action = action * self.action_scale + self.action_center
         return action.clip(space.low, space.high).astype(space.dtype)
 
 
-def compute_gae(
-    rewards: Tensor,
-    values: Tensor,
-    next_values: Tensor,
-    terminations: Tensor,
-    dones: Tensor,
-    gamma: float,
-    gae_lambda: float,
-) -> Tensor:
-    """Generalised advantage estimates (Schulman et al. 2016, eq. 16), all [num_steps, num_envs].
+def compute_gae(rewards, values, next_values, terminations, dones, gamma, gae_lambda) -> Tensor:
+    """Generalised advantage estimates (Schulman et al. 2016, eq. 16), [num_steps, num_envs].
 
-    Args:
+    Args, all tensors of that shape:
         rewards: r[t], of the step from s[t] to s[t+1].
         values: V(s[t]).
         next_values: V(s[t+1]), where s[t+1] is what the step itself led to, never a reset.
@@ -254,8 +245,7 @@ def compute_gae(
     """
     deltas = rewards + gamma * next_values * ~terminations - values
     decay = gamma * gae_lambda * (~dones).to(rewards)
-    advantages = torch.zeros_like(rewards)
-    advantage = torch.zeros_like(rewards[0])
+    advantages, advantage = torch.zeros_like(rewards), torch.zeros_like(rewards[0])
     for t in reversed(range(len(rewards))):
         advantages[t] = advantage = deltas[t] + decay[t] * advantage
     return advantages
@@ -270,107 +260,87 @@ class Batch(NamedTuple):
     advantages: Tensor  # [n]
     returns: Tensor  # [n], what V should have said: advantages + values
     values: Tensor  # [n], V_old(s)
-    weights: Tensor  # [n], their sum with a quantity is its mean over the real rows of a minibatch
+    weights: Tensor  # [n], in a minibatch weights @ x is the mean of x over the real rows
 
 
-def ppo_loss(
-    logprobs: Tensor, entropies: Tensor, values: Tensor, mb: Batch, args: Args
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of a minibatch, -L^CLIP + c1 L^VF - c2 S (eq. 9 of the PPO paper, to be minimised).
+def ppo_loss(logprobs, entropies, values, mb: Batch, args: Args) -> tuple[Tensor, dict]:
+    """The loss of a minibatch, -L^CLIP + c1 L^VF - c2 S (eq. 9 of the paper, to be minimised).
 
     Args:
         logprobs, entropies, values: what the policy being trained says of the minibatch, each [n].
-        mb: the minibatch and what the policy that collected it said.
+        mb: the minibatch, and what the policy that collected it said.
         args: clip_coef, clip_vloss, ent_coef and vf_coef are used.
 
     Returns:
-        The loss and its parts and diagnostics, all scalars, the latter without gradient.
+        The loss, and its parts and diagnostics by name, without gradient; all scalars.
     """
     logratios = logprobs - mb.logprobs
     ratios = logratios.exp()  # r(θ)
     clipped_ratios = ratios.clamp(1 - args.clip_coef, 1 + args.clip_coef)
-    surrogate = torch.min(ratios * mb.advantages, clipped_ratios * mb.advantages)
-    policy_loss = -mb.weights @ surrogate  # eq. 7
+    surrogates = torch.min(ratios * mb.advantages, clipped_ratios * mb.advantages)
+    policy_loss = -mb.weights @ surrogates  # eq. 7
 
-    value_errors = (values - mb.returns).square()
+    errors = (values - mb.returns).square()
     if args.clip_vloss:
         clipped_values = mb.values + (values - mb.values).clamp(-args.clip_coef, args.clip_coef)
-        value_errors = torch.max(value_errors, (clipped_values - mb.returns).square())
-    value_loss = 0.5 * mb.weights @ value_errors
-
+        errors = torch.max(errors, (clipped_values - mb.returns).square())
+    value_loss = 0.5 * mb.weights @ errors
     entropy = mb.weights @ entropies
+
+    metrics = {"policy_loss": policy_loss, "value_loss": value_loss, "entropy": entropy}
+    metrics["old_approx_kl"] = mb.weights @ -logratios
+    metrics["approx_kl"] = mb.weights @ (ratios - 1 - logratios)  # joschu.net/blog/kl-approx.html
+    metrics["clipfrac"] = mb.weights @ ((ratios - 1).abs() > args.clip_coef).to(ratios)
     loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy
-    with torch.no_grad():
-        return loss, {
-            "policy_loss": policy_loss.detach(),
-            "value_loss": value_loss.detach(),
-            "entropy": entropy.detach(),
-            "old_approx_kl": mb.weights @ -logratios,
-            "approx_kl": mb.weights @ (ratios - 1 - logratios),  # joschu.net/blog/kl-approx.html
-            "clipfrac": mb.weights @ ((ratios - 1).abs() > args.clip_coef).to(ratios),
-        }
+    return loss, {name: value.detach() for name, value in metrics.items()}
 
 
-def make_envs(args: Args) -> VectorEnv:
+def make_envs(args: Args) -> gym.vector.VectorEnv:
     """The vector environment to train in, its episodes counted, its observations a Box.
 
     Raises:
         UsageError: where there is no such environment, or this script cannot learn in it.
     """
-
-    def refuse(reason: str) -> UsageError:
-        return UsageError(f"--env-id {args.env_id}: {reason}")
-
+    env = f"--env-id {args.env_id}:"
     mode = None if args.vectorization_mode == "auto" else args.vectorization_mode
     try:
         envs = gym.make_vec(args.env_id, args.num_envs, mode)
-    except gym.error.NamespaceNotFound as error:
-        raise refuse(
-            f"{error} Install it and name the module that registers the environment, as in: "
-            "pip install ale-py; --env-id ale_py:ALE/Pong-v5"
-        ) from None
     except (gym.error.Error, ImportError) as error:
-        raise refuse(
-            f"{error} (gymnasium.pprint_registry() lists the known ids; a module named before a "
-            "colon, and what it imports, must be installed or on PYTHONPATH)"
+        raise UsageError(
+            f"{env} {error} (gymnasium.pprint_registry() lists the known ids; those of a package "
+            "need it installed or on PYTHONPATH and its module named in front, as in pip install "
+            "ale-py, --env-id ale_py:ALE/Pong-v5)"
         ) from None
 
-    if not isinstance(envs.single_action_space, gym.spaces.Box):
-        raise refuse(
-            f"its actions are {envs.single_action_space}, "
-            "but ppo_continuous.py is for Box and ppo_discrete.py for Discrete actions"
-        )
-    if envs.metadata.get("autoreset_mode") is not AutoresetMode.NEXT_STEP:
-        raise refuse(
-            f"its autoreset mode is {envs.metadata.get('autoreset_mode')}, this script needs "
-            "metadata['autoreset_mode'] = AutoresetMode.NEXT_STEP"
-        )
-    if not envs.single_observation_space.is_np_flattenable:
-        raise refuse(
-            f"its observations are {envs.single_observation_space}, which Gymnasium does not "
-            "flatten to a Box"
-        )
-    if not isinstance(envs.single_observation_space, gym.spaces.Box):
-        envs = vector_wrappers.FlattenObservation(envs)
-    return vector_wrappers.RecordEpisodeStatistics(envs)
+    actions, observations = envs.single_action_space, envs.single_observation_space
+    require(
+        isinstance(actions, Box),
+        f"{env} its actions are {actions}; ppo_continuous.py takes Box, ppo_discrete.py Discrete",
+    )
+    reset_mode = envs.metadata.get("autoreset_mode")
+    is_next_step = reset_mode is gym.vector.AutoresetMode.NEXT_STEP
+    require(is_next_step, f"{env} its autoreset mode is {reset_mode}, NEXT_STEP is needed")
+    require(observations.is_np_flattenable, f"{env} {observations} cannot be flattened to a Box")
+    if not isinstance(observations, Box):
+        envs = gym.wrappers.vector.FlattenObservation(envs)
+    return gym.wrappers.vector.RecordEpisodeStatistics(envs)
 
 
 class Rollout(NamedTuple):
-    """What the environments answered: [num_steps, num_envs, ...], obs and resets one row longer.
+    """What the environments answered: [num_steps + 1, num_envs, ...].
 
     Row t holds the step from obs[t] to obs[t+1]. Vector environments begin a new episode one step
     after the last one ended (`AutoresetMode.NEXT_STEP`): where resets[t] is true, obs[t] is the end
     of an episode, obs[t+1] the start of the next and row t, a *reset row*, no step at all. It must
-    not enter anything. Row num_steps is where the next rollout goes on.
+    not enter anything. Of the last row only obs and resets count: there the next rollout goes on.
     """
 
-    obs: Tensor  # float32, [num_steps + 1, num_envs, obs_dim]
-    actions: Tensor  # [num_steps, num_envs, action_dim], float32
+    obs: Tensor  # [..., obs_dim], float32
+    actions: Tensor  # [..., action_dim], float32
     rewards: Tensor  # float32, 0 in reset rows
-    terminations: Tensor  # bool, the task ended (rather than the time that was given for it)
-    resets: Tensor  # bool, [num_steps + 1, num_envs]
-    discounted: Tensor  # float32, sum of the episode's rewards so far, each γ times the one after
-    episodes: list[tuple[int, float, int]]  # (global step, return, length) of each that ended
+    terminations: Tensor  # bool: the task ended (rather than the time that was given for it)
+    resets: Tensor  # bool
+    discounted: Tensor  # float32, rewards of the episode so far, each γ times the one after it
 
     @property
     def is_real(self) -> Tensor:
@@ -378,112 +348,88 @@ class Rollout(NamedTuple):
         return ~self.resets[:-1]
 
 
-class EnvState(NamedTuple):
-    """Where the environments are between two rollouts, each [num_envs, ...] as in `Rollout`."""
-
-    obs: np.ndarray
-    resets: np.ndarray
-    discounted: np.ndarray
-
-
 def flat(obs: np.ndarray) -> np.ndarray:
     """Observations as the agent takes them: [n, *shape] -> [n, obs_dim], float32."""
     return obs.reshape(len(obs), -1).astype(np.float32)
 
 
-def collect(
-    envs: VectorEnv, agent: Agent, state: EnvState, global_step: int, args: Args
-) -> tuple[Rollout, EnvState]:
-    """Play num_steps x num_envs rows with the current policy, on from `state`.
+def collect(envs, agent: Agent, state: tuple, global_step: int, args: Args) -> tuple:
+    """Play num_steps x num_envs rows with the current policy.
+
+    Args:
+        state: obs, resets and discounted where the environments are now (see `Rollout`), NumPy.
+        global_step: how many steps were made before.
+
+    Returns:
+        The `Rollout`, the state after it, and (global step, return, length) of each episode that
+        ended in it. Each step of each environment has a number of its own.
 
     Raises:
         FloatingPointError: an observation or a reward is not finite.
     """
-    device = next(agent.parameters()).device
     obs, resets, discounted = state
     rows, episodes = [], []
     for _ in range(args.num_steps):
-        with torch.no_grad():
-            action = agent.policy(torch.as_tensor(obs, device=device)).sample().cpu().numpy()
+        action = agent.act(obs)
         next_obs, reward, terminated, truncated, infos = envs.step(agent.to_env(action))
-        next_obs, reward = flat(next_obs), np.where(resets, 0, reward).astype(np.float32)
+        reward = np.where(resets, 0, reward).astype(np.float32)
         discounted = args.gamma * discounted * ~resets + reward
         rows.append((obs, action, reward, terminated, resets, discounted))
-        steps = global_step + np.cumsum(~resets)  # each real row has a number of its own
-        obs, resets, global_step = next_obs, terminated | truncated, int(steps[-1])
 
+        steps = global_step + np.cumsum(~resets)
+        obs, resets, global_step = flat(next_obs), terminated | truncated, int(steps[-1])
         for name, value in (("observation", obs), ("reward", reward)):
             if not np.isfinite(value).all():
-                raise FloatingPointError(
-                    f"--env-id {args.env_id} returned a {name} that is NaN or infinite at step "
-                    f"{global_step}: correct the environment"
-                )
+                problem = f"a {name} that is NaN or infinite at step {global_step}"
+                raise FloatingPointError(f"--env-id {args.env_id} returned {problem}")
         if resets.any():
             ended = (steps, infos["episode"]["r"], infos["episode"]["l"])
             episodes += zip(*(column[resets].tolist() for column in ended), strict=True)
 
-    columns = [np.stack(column) for column in zip(*rows, strict=True)]
-    columns[0] = np.concatenate((columns[0], obs[None]))
-    columns[4] = np.concatenate((columns[4], resets[None]))
-    rollout = Rollout(*(torch.as_tensor(c, device=device) for c in columns), episodes)
-    return rollout, EnvState(obs, resets, discounted)
+    rows.append((obs, action, reward, terminated, resets, discounted))
+    columns = (np.stack(column) for column in zip(*rows, strict=True))
+    rollout = Rollout(*(torch.as_tensor(column).to(agent.device) for column in columns))
+    return rollout, (obs, resets, discounted), episodes
 
 
 @torch.no_grad()
 def prepare(rollout: Rollout, agent: Agent, args: Args) -> Batch:
     """The rollout as a batch to learn from, with what the policy that collected it says of it."""
-    rewards = rollout.rewards
+    obs, actions, rewards, terminations, _, discounted = (column[:-1] for column in rollout)
     if args.norm_reward:
-        agent.return_stats.update(rollout.discounted[rollout.is_real])
+        agent.return_stats.update(discounted[rollout.is_real])
         deviation = (agent.return_stats.var + 1e-8).sqrt()
         rewards = (rewards / deviation).clamp(-10, 10).float()
-    all_values = agent.get_value(rollout.obs)  # [num_steps + 1, num_envs]
-    values, next_values = all_values[:-1], all_values[1:]
+    all_values = agent.get_value(rollout.obs)
+    values, next_values, dones = all_values[:-1], all_values[1:], rollout.resets[1:]
     advantages = compute_gae(
-        rewards,
-        values,
-        next_values,
-        rollout.terminations,
-        rollout.resets[1:],
-        args.gamma,
-        args.gae_lambda,
+        rewards, values, next_values, terminations, dones, args.gamma, args.gae_lambda
     )
-    columns = (
-        rollout.obs[:-1],
-        rollout.actions,
-        agent.policy(rollout.obs[:-1]).log_prob(rollout.actions),
-        advantages,
-        advantages + values,
-        values,
-        rollout.is_real.float(),
-    )
+    logprobs, weights = agent.policy(obs).log_prob(actions), rollout.is_real.float()
+    columns = (obs, actions, logprobs, advantages, advantages + values, values, weights)
     return Batch(*(column.flatten(0, 1) for column in columns))
 
 
-def minibatches(batch: Batch, args: Args) -> Iterator[Batch]:
-    """Shuffle all rows into equal minibatches, each with its advantages normalised.
+def minibatches(batch: Batch, args: Args):
+    """Shuffle all rows into equal minibatches, and normalise the advantages of each.
 
     Their number and size do not depend on the data; a minibatch of nothing but reset rows is
     left out, since even a gradient of 0 moves parameters, by Adam's momentum.
     """
     order = torch.randperm(len(batch.weights)).to(batch.weights.device)
     # each column: [num_minibatches, minibatch_size, ...]
-    shuffled = Batch(*(x[order].unflatten(0, (args.num_minibatches, -1)) for x in batch))
-    counts = shuffled.weights.sum(1, keepdim=True)
-    weights, advantages = shuffled.weights / counts.clamp(min=1), shuffled.advantages
+    mbs = Batch(*(column[order].unflatten(0, (args.num_minibatches, -1)) for column in batch))
+    counts = mbs.weights.sum(1, keepdim=True)
+    weights, advantages = mbs.weights / counts.clamp(min=1), mbs.advantages
     if args.norm_adv:
-        mean = (weights * advantages).sum(1, keepdim=True)
-        variance = (weights * (advantages - mean).square()).sum(1, keepdim=True)
-        advantages = (advantages - mean) / (variance.sqrt() + 1e-8)
-    shuffled = shuffled._replace(weights=weights, advantages=advantages)
-    for count, *columns in zip(counts.tolist(), *shuffled, strict=True):
-        if count != [0.0]:
-            yield Batch(*columns)
+        centered = advantages - (weights * advantages).sum(1, keepdim=True)
+        deviation = (weights * centered.square()).sum(1, keepdim=True).sqrt()
+        advantages = centered / (deviation + 1e-8)
+    mbs = mbs._replace(weights=weights, advantages=advantages)
+    return [Batch(*mb) for n, *mb in zip(counts.flatten().tolist(), *mbs, strict=True) if n]
 
 
-def gradient_step(
-    agent: Agent, optimizer: torch.optim.Optimizer, mb: Batch, args: Args
-) -> dict[str, Tensor]:
+def gradient_step(agent: Agent, optimizer, mb: Batch, args: Args) -> dict[str, Tensor]:
     """Descend the loss of one minibatch; returns its diagnostics, scalars on the agent's device."""
     _, logprobs, entropies, values = agent.get_action_and_value(mb.obs, mb.actions)
     loss, metrics = ppo_loss(logprobs, entropies, values, mb, args)
@@ -494,20 +440,18 @@ def gradient_step(
     return metrics
 
 
-def update(
-    agent: Agent, optimizer: torch.optim.Optimizer, batch: Batch, args: Args
-) -> dict[str, float]:
+def update(agent: Agent, optimizer, batch: Batch, args: Args) -> dict[str, float]:
     """Improve the policy and the value function: epochs x minibatches of gradient steps.
 
     Returns:
-        The mean of each diagnostic over the minibatches of the last epoch; nothing if all rows are
-        reset rows.
+        The mean of each diagnostic over the minibatches of the last epoch; nothing if there are
+        reset rows alone.
     """
-    metrics: dict[str, Tensor] = {}
+    metrics = {}
     for _ in range(args.update_epochs):
         steps = [gradient_step(agent, optimizer, mb, args) for mb in minibatches(batch, args)]
         if not steps:
-            break
+            return {}
         metrics = {name: torch.stack([m[name] for m in steps]).mean() for name in steps[0]}
         if args.target_kl is not None and metrics["approx_kl"] > args.target_kl:
             break
@@ -527,17 +471,13 @@ def evaluate(agent: Agent, args: Args) -> list[float]:
     Episode k depends on (seed, k) and the agent alone. Where the environment registers no time
     limit, an episode is cut after 10,000 steps: a policy that stands still would never end it.
     """
-    device = next(agent.parameters()).device
     returns = []
     with contextlib.closing(make_envs(replace(args, num_envs=1))) as envs:
-        time_limit = envs.spec.max_episode_steps or 10_000
         for episode in range(args.eval_episodes):
             obs, _ = envs.reset(seed=derive_seed(args.seed, EVALUATION, episode))
             returns.append(0.0)
-            for _ in range(time_limit):
-                with torch.no_grad():
-                    action = agent.policy(torch.as_tensor(flat(obs), device=device)).mode
-                action = agent.to_env(action.cpu().numpy())
+            for _ in range(envs.spec.max_episode_steps or 10_000):
+                action = agent.to_env(agent.act(flat(obs), greedy=True))
                 obs, reward, terminated, truncated, _ = envs.step(action)
                 returns[-1] += float(reward[0])
                 if terminated[0] or truncated[0]:
@@ -546,47 +486,38 @@ def evaluate(agent: Agent, args: Args) -> list[float]:
 
 
 def make_run_dir(args: Args) -> str:
-    """Make the folder of the run, one that no other run has.
-
-    Raises:
-        UsageError: --run-dir holds something already.
-    """
+    """Make the folder of the run, one that no other run has."""
     if args.run_dir is not None:
         os.makedirs(args.run_dir, exist_ok=True)
-        if os.listdir(args.run_dir):
-            raise UsageError(f"--run-dir {args.run_dir} is not empty: name a new folder")
+        require(not os.listdir(args.run_dir), f"--run-dir {args.run_dir} must be new or empty")
         return args.run_dir
     env_name = re.sub(r"[^\w.-]+", "-", args.env_id)
-    name = f"runs/{env_name}__{args.exp_name}__{args.seed}__{int(time.time())}"
-    for run_dir in itertools.chain([name], (f"{name}-{n}" for n in itertools.count(2))):
+    while True:
+        start = f"{datetime.now():%Y%m%d-%H%M%S-%f}"
+        run_dir = f"runs/{env_name}__{args.exp_name}__{args.seed}__{start}"
         with contextlib.suppress(FileExistsError):
             os.makedirs(run_dir)
             return run_dir
-    raise AssertionError("unreachable: the names never end")
 
 
 class Log:
     """What the user sees of a run: TensorBoard's curves and a line about its progress."""
 
     def __init__(self, args: Args):
-        self.args = args
+        self.args, self.run_dir = args, make_run_dir(args)
         self.episodes: list[tuple[int, float]] = []  # (global step, return) of each that ended
-        self.run_dir = make_run_dir(args)
         # the queue is long so that learning never waits for the disk
         self.writer = SummaryWriter(self.run_dir, max_queue=10_000, flush_secs=5)
         rows = "".join(f"\n|{name}|{value}|" for name, value in asdict(args).items())
         self.writer.add_text("hyperparameters", f"|option|value|\n|-|-|{rows}")
         self.start_time = self.shown_time = time.time()
-        self.is_line_open = False
 
     def close(self) -> None:
         self.writer.close()
-        if self.is_line_open:
-            print()
 
-    def add(self, global_step: int, rollout: Rollout, scalars: dict[str, float]) -> None:
+    def add(self, global_step: int, episodes: list, scalars: dict[str, float]) -> None:
         """Write what an iteration brought, and show how far the run is."""
-        for step, episodic_return, length in rollout.episodes:
+        for step, episodic_return, length in episodes:
             self.writer.add_scalar("charts/episodic_return", episodic_return, step)
             self.writer.add_scalar("charts/episodic_length", length, step)
             self.episodes.append((step, episodic_return))
@@ -594,17 +525,14 @@ class Log:
         for tag, value in (scalars | {"charts/SPS": speed}).items():
             self.writer.add_scalar(tag, value, global_step)
 
-        total = self.args.total_timesteps
+        total, returns = self.args.total_timesteps, [value for _, value in self.episodes[-100:]]
+        mean_return = f"{np.mean(returns):.1f}" if returns else "none yet"
+        left = timedelta(seconds=max(0, total - global_step) // speed)
+        line = f"{min(1, global_step / total):4.0%}  {global_step:,} steps  return {mean_return}"
+        line = f"{line}  {speed:,.0f} steps/s  {left} left"
         is_done = global_step >= total
-        returns = [episodic_return for _, episodic_return in self.episodes[-100:]]
-        line = (
-            f"{min(1, global_step / total):4.0%}  {global_step:,} steps  return "
-            f"{f'{np.mean(returns):.1f}' if returns else '-'}  {speed:,.0f} steps/s  "
-            f"{timedelta(seconds=max(0, total - global_step) // speed)} left"
-        )
         if sys.stdout.isatty():  # rewrite the line in place
             print(f"\r{line}\033[K", end="\n" if is_done else "", flush=True)
-            self.is_line_open = not is_done
         elif is_done or time.time() - self.shown_time > 5:
             print(line, flush=True)
             self.shown_time = time.time()
@@ -633,43 +561,37 @@ def train(args: Args) -> dict:
         optimizer = torch.optim.Adam(agent.parameters(), args.learning_rate, eps=1e-5, fused=True)
 
         obs, _ = envs.reset(seed=derive_seed(args.seed, ITERATION, 0))
-        state = EnvState(flat(obs), np.zeros(args.num_envs, bool), np.zeros(args.num_envs))
-        global_step = 0
-        for iteration in itertools.count():
+        state = (flat(obs), np.zeros(args.num_envs, bool), np.zeros(args.num_envs, np.float32))
+        global_step = iteration = 0
+        while global_step < args.total_timesteps:
             torch.manual_seed(derive_seed(args.seed, ITERATION, iteration))
             remaining = 1 - global_step / args.total_timesteps if args.anneal_lr else 1
             optimizer.param_groups[0]["lr"] = remaining * args.learning_rate
 
-            rollout, state = collect(envs, agent, state, global_step, args)
+            rollout, state, episodes = collect(envs, agent, state, global_step, args)
             batch = prepare(rollout, agent, args)
-            metrics = update(agent, optimizer, batch, args)
+            losses = update(agent, optimizer, batch, args)
             agent.obs_stats.update(rollout.obs[:-1][rollout.is_real])
             global_step += int(rollout.is_real.sum())
+            iteration += 1
 
-            if not all(map(math.isfinite, metrics.values())):
+            if not all(map(math.isfinite, losses.values())):
                 raise FloatingPointError(
                     f"the loss became NaN or infinite at step {global_step}: try a lower "
                     f"--learning-rate than {args.learning_rate}"
                 )
-            scalars = {f"losses/{name}": value for name, value in metrics.items()}
+            scalars = {f"losses/{name}": value for name, value in losses.items()}
             scalars["losses/explained_variance"] = explained_variance(batch)
             scalars["charts/learning_rate"] = remaining * args.learning_rate
-            log.add(global_step, rollout, scalars)
-            if global_step >= args.total_timesteps:
-                break
+            log.add(global_step, episodes, scalars)
 
-        eval_returns = evaluate(agent, args)
-        if eval_returns:
-            mean, std = np.mean(eval_returns), np.std(eval_returns)
-            print(f"greedy return over {len(eval_returns)} episodes: {mean:.1f} ± {std:.1f}")
+        returns = evaluate(agent, args)
+        if returns:
+            mean, std = np.mean(returns), np.std(returns)
+            print(f"greedy return over {len(returns)} episodes: {mean:.1f} ± {std:.1f}")
             log.writer.add_scalar("eval/episodic_return", mean, global_step)
         print(f"tensorboard --logdir {log.run_dir}")
-    return {
-        "agent": agent,
-        "global_step": global_step,
-        "episodes": log.episodes,
-        "eval_returns": eval_returns,
-    }
+    return dict(agent=agent, global_step=global_step, episodes=log.episodes, eval_returns=returns)
 
 
 def main() -> None:
@@ -682,7 +604,8 @@ def main() -> None:
     try:
         train(args)
     except (UsageError, FloatingPointError, OSError) as error:
-        print("error:", *str(error).split(), file=sys.stderr)  # on one line
+        clear = "\r\033[K" if sys.stderr.isatty() else ""  # the line about the progress
+        print(f"{clear}error:", *str(error).split(), file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 1)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from datetime import datetime
 from pathlib import Path
 
 import gymnasium as gym
@@ -82,7 +83,7 @@ def test_trains_on(script, env_id, tmp_path):
     assert "Traceback" not in process.stderr
 
     (run_dir,) = (tmp_path / "runs").iterdir()
-    assert re.fullmatch(rf"{env_id}__{script}__1__\d+", run_dir.name)
+    assert re.fullmatch(rf"{env_id}__{script}__1__\d{{8}}-\d{{6}}-\d{{6}}", run_dir.name)
     assert process.stdout.endswith(f"tensorboard --logdir runs/{run_dir.name}\n")
     assert re.search(r"100% +\d,\d{3} steps +return \S+ +\S+ steps/s +0:00:00 left", process.stdout)
     scalars = curves(run_dir)
@@ -177,13 +178,24 @@ def test_evaluation_depends_on_seed_and_episode_alone(script, args):
 
 
 def test_runs_of_the_same_second_have_folders_of_their_own(script, args, tmp_path, monkeypatch):
+    """Also those of the same microsecond: the first three readings of the clock agree."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(script.time, "time", lambda: 1e9)
+    start = datetime(2026, 1, 2, 3, 4, 5)
+
+    class Clock(datetime):
+        readings = iter([start, start, start, datetime(2026, 1, 2, 3, 4, 5, 6)])
+
+        @classmethod
+        def now(cls):
+            return next(cls.readings)
+
+    monkeypatch.setattr(script, "datetime", Clock)
     options = args("Counting", run_dir=None)
     options.env_id = "some_module:name/Space-v0"
-    folders = [script.make_run_dir(options) for _ in range(3)]
-    assert folders[0] == f"runs/some_module-name-Space-v0__{script.__name__}__1__1000000000"
-    assert len(set(folders)) == 3 and all(Path(folder).is_dir() for folder in folders)
+    folders = [script.make_run_dir(options) for _ in range(2)]
+    name = f"runs/some_module-name-Space-v0__{script.__name__}__1__20260102-030405-"
+    assert folders == [name + "000000", name + "000006"]
+    assert all(Path(folder).is_dir() for folder in folders)
 
 
 def test_help_gives_meaning_and_default_of_every_option(script):
@@ -290,7 +302,7 @@ def test_a_run_dir_in_use_is_refused(script, tmp_path, monkeypatch, capsys):
     (tmp_path / "run" / "file").write_text("precious")
     assert main(script, ["--run-dir", str(tmp_path / "run")], monkeypatch) == 2
     _, err = capsys.readouterr()
-    assert err.count("\n") == 1 and "--run-dir" in err and "not empty" in err
+    assert err.count("\n") == 1 and "--run-dir" in err and "new or empty" in err
 
 
 def test_a_file_where_a_folder_is_expected_fails(script, tmp_path, monkeypatch, capsys):

@@ -16,19 +16,20 @@ def start(script, args):
     agent = script.Agent(envs.single_observation_space, envs.single_action_space, args)
     obs, _ = envs.reset(seed=1)
     n = args.num_envs
-    return envs, agent, script.EnvState(script.flat(obs), np.zeros(n, bool), np.zeros(n))
+    return envs, agent, (script.flat(obs), np.zeros(n, bool), np.zeros(n, np.float32))
 
 
 def rollouts(script, args, count: int):
-    """`count` consecutive rollouts of a fresh agent, and that agent."""
+    """`count` consecutive rollouts of a fresh agent, that agent, and the episodes that ended."""
     envs, agent, state = start(script, args)
-    got, global_step = [], 0
+    got, episodes, global_step = [], [], 0
     for _ in range(count):
-        rollout, state = script.collect(envs, agent, state, global_step, args)
+        rollout, state, ended = script.collect(envs, agent, state, global_step, args)
         global_step += int(rollout.is_real.sum())
         got.append(rollout)
+        episodes += ended
     envs.close()
-    return got, agent
+    return got, agent, episodes
 
 
 def true_log(num_rows: int) -> list[tuple[float, float, bool] | None]:
@@ -45,12 +46,12 @@ def true_log(num_rows: int) -> list[tuple[float, float, bool] | None]:
 def test_reset_rows_are_known_across_rollouts(script, args, env, mode):
     # 9 rows do not divide the period of 14, so that episodes end in any row of a rollout
     options = args(env, vectorization_mode=mode, num_envs=3, num_steps=9, gamma=0.9)
-    got, _ = rollouts(script, options, 6)
+    got, _, _ = rollouts(script, options, 6)
     truth = true_log(6 * 9)
     assert any(row is None for row in truth[9::9]), "no episode ends in the last row of a rollout"
     is_real = torch.cat([rollout.is_real for rollout in got])
     obs = torch.cat([rollout.obs[:-1] for rollout in got])
-    rewards = torch.cat([rollout.rewards for rollout in got])
+    rewards = torch.cat([rollout.rewards[:-1] for rollout in got])
     dones = torch.cat([rollout.resets[1:] for rollout in got])
     for t, row in enumerate(truth):
         if row is None:
@@ -64,12 +65,12 @@ def test_reset_rows_are_known_across_rollouts(script, args, env, mode):
 
 @pytest.mark.parametrize(("env", "mode"), MODES)
 def test_successors_are_what_the_step_led_to(script, args, env, mode):
-    got, _ = rollouts(script, args(env, vectorization_mode=mode, num_envs=3, num_steps=9), 4)
+    got, _, _ = rollouts(script, args(env, vectorization_mode=mode, num_envs=3, num_steps=9), 4)
     for rollout in got:
         before, after = rollout.obs[:-1][rollout.is_real], rollout.obs[1:][rollout.is_real]
         is_end = rollout.resets[1:][rollout.is_real]
         assert torch.equal(after[:, 0], before[:, 0] + 1 + END * is_end)
-    terminations = torch.cat([rollout.terminations for rollout in got])
+    terminations = torch.cat([rollout.terminations[:-1] for rollout in got])
     dones = torch.cat([rollout.resets[1:] for rollout in got])
     assert terminations.any() and not (terminations & ~dones).any()
     assert (dones & ~terminations).any()  # time limits
@@ -77,7 +78,8 @@ def test_successors_are_what_the_step_led_to(script, args, env, mode):
 
 @pytest.mark.parametrize(("env", "mode"), MODES)
 def test_episodes_and_step_numbers_count_steps_only(script, args, env, mode):
-    got, _ = rollouts(script, args(env, vectorization_mode=mode, num_envs=3, num_steps=9), 6)
+    options = args(env, vectorization_mode=mode, num_envs=3, num_steps=9)
+    _, _, episodes = rollouts(script, options, 6)
     truth, expected, step = true_log(6 * 9), [], 0
     for row in truth:
         if row is not None:
@@ -86,7 +88,7 @@ def test_episodes_and_step_numbers_count_steps_only(script, args, env, mode):
                 episode = (length * (length + 1) / 2, length)
                 expected += [(step + i, *episode) for i in (1, 2, 3)]
             step += 3
-    assert [episode for rollout in got for episode in rollout.episodes] == expected
+    assert episodes == expected
 
 
 @pytest.mark.parametrize("env", ["Counting", "CountingVector"])
@@ -148,12 +150,12 @@ def test_training_counts_and_learns_from_real_steps_only(script, args, env, monk
 
 def test_rewards_are_divided_by_the_deviation_and_clipped(script, args):
     options = args("Counting", num_envs=2, num_steps=9, gamma=0.0, gae_lambda=0.0)
-    (rollout,), agent = rollouts(script, options, 1)
+    (rollout,), agent, _ = rollouts(script, options, 1)
     rollout = rollout._replace(rewards=rollout.rewards.clone())
     rollout.rewards[0, 0] = 1e6
     batch = script.prepare(rollout, agent, options)
-    deviation = np.std(rollout.discounted[rollout.is_real].numpy())
-    expected = np.clip(rollout.rewards.numpy().flatten() / deviation, -10, 10)
+    deviation = np.std(rollout.discounted[:-1][rollout.is_real].numpy())
+    expected = np.clip(rollout.rewards[:-1].numpy().flatten() / deviation, -10, 10)
     assert expected.max() == 10
     # with gamma = 0 the return of a step is its reward
     np.testing.assert_allclose(batch.returns, expected, rtol=1e-5, atol=1e-6)
@@ -162,10 +164,10 @@ def test_rewards_are_divided_by_the_deviation_and_clipped(script, args):
 def test_options_switch_normalisation_off(script, args):
     options = args("Counting", num_envs=2, num_steps=9, gamma=0.0, gae_lambda=0.0)
     options.norm_reward = options.norm_obs = False
-    (rollout,), agent = rollouts(script, options, 1)
+    (rollout,), agent, _ = rollouts(script, options, 1)
     agent.obs_stats.update(rollout.obs.flatten(0, 1))
     batch = script.prepare(rollout, agent, options)
-    np.testing.assert_allclose(batch.returns, rollout.rewards.flatten(), atol=1e-5)
+    np.testing.assert_allclose(batch.returns, rollout.rewards[:-1].flatten(), atol=1e-5)
     assert torch.equal(agent.normalize(rollout.obs), rollout.obs)
 
 
@@ -184,7 +186,7 @@ def test_old_and_new_logprobs_agree_before_the_first_gradient_step(script, args)
     options = args("Counting", num_envs=4, num_steps=16)
     envs, agent, state = start(script, options)
     for _ in range(3):
-        rollout, state = script.collect(envs, agent, state, 0, options)
+        rollout, state, _ = script.collect(envs, agent, state, 0, options)
         batch = script.prepare(rollout, agent, options)
         _, logprobs, _, values = agent.get_action_and_value(batch.obs, batch.actions)
         assert torch.equal(logprobs, batch.logprobs) and torch.equal(values, batch.values)
@@ -197,7 +199,7 @@ def test_old_and_new_logprobs_agree_before_the_first_gradient_step(script, args)
 
 def real_batch(script, args, **options):
     options = args("Counting", num_envs=4, num_steps=16, num_minibatches=4, **options)
-    (rollout,), agent = rollouts(script, options, 1)
+    (rollout,), agent, _ = rollouts(script, options, 1)
     return script.prepare(rollout, agent, options), agent, options
 
 
@@ -348,7 +350,7 @@ def test_discrete_actions_may_start_anywhere(first):
     gym.register("tests/Strict-v0", Strict, kwargs={"action_space": space})
     args = script.Args(env_id="tests/Strict-v0", num_envs=2, num_steps=50)
     envs, agent, state = start(script, args)
-    rollout, _ = script.collect(envs, agent, state, 0, args)
+    rollout, _, _ = script.collect(envs, agent, state, 0, args)
     script.prepare(rollout, agent, args)
     taken = {int(action) for env in envs.unwrapped.envs for action in env.unwrapped.actions}
     envs.close()
