@@ -232,21 +232,22 @@ def compute_gae(rewards, values, next_values, terminations, dones, gamma, gae_la
     """
     deltas = rewards + gamma * next_values * ~terminations - values
     decay = gamma * gae_lambda * (~dones).to(rewards)
-    advantages, advantage = torch.zeros_like(rewards), torch.zeros_like(rewards[0])
-    for t in reversed(range(len(rewards))):
-        advantages[t] = advantage = deltas[t] + decay[t] * advantage
-    return advantages
+    advantages, advantage = [], torch.zeros_like(rewards[0])
+    for delta, keep in zip(deltas.flip(0), decay.flip(0), strict=True):
+        advantage = torch.addcmul(delta, keep, advantage)  # delta[t] + decay[t] * advantage[t+1]
+        advantages.append(advantage)
+    return torch.stack(advantages).flip(0)
 
 
 class Batch(NamedTuple):
-    """What the policy learns from: one row per step, reset rows (see `Rollout`) with weight 0."""
+    """What an epoch learns from: one row per step, reset rows (see `Rollout`) with weight 0."""
 
     obs: Tensor  # [n, obs_dim]
     actions: Tensor  # [n], int64
     logprobs: Tensor  # [n], log π_old(a|s)
     advantages: Tensor  # [n]
     returns: Tensor  # [n], what V should have said: advantages + values
-    values: Tensor  # [n], V_old(s)
+    values: Tensor  # [n], V(s) at the start of the epoch
     weights: Tensor  # [n], in a minibatch weights @ x is the mean of x over the real rows
 
 
@@ -328,6 +329,7 @@ class Rollout(NamedTuple):
     terminations: Tensor  # bool: the task ended (rather than the time that was given for it)
     resets: Tensor  # bool
     discounted: Tensor  # float32, rewards of the episode so far, each γ times the one after it
+    logprobs: Tensor  # float32, log π_old(a|s)
 
     @property
     def is_real(self) -> Tensor:
@@ -375,16 +377,17 @@ def collect(envs, agent: Agent, state: tuple, global_step: int, args: Args) -> t
 
     rows.append((obs, action, reward, terminated, resets, discounted))
     columns = (np.stack(column) for column in zip(*rows, strict=True))
-    rollout = Rollout(*(torch.as_tensor(column).to(agent.device) for column in columns))
-    return rollout, (obs, resets, discounted), episodes
+    columns = [torch.as_tensor(column).to(agent.device) for column in columns]
+    with torch.no_grad():  # all at once, since the policy is the same in every step
+        logprobs = agent.policy(columns[0]).log_prob(columns[1])
+    return Rollout(*columns, logprobs), (obs, resets, discounted), episodes
 
 
 @torch.no_grad()
 def prepare(rollout: Rollout, agent: Agent, args: Args) -> Batch:
-    """The rollout as a batch to learn from, with what the policy that collected it says of it."""
-    obs, actions, rewards, terminations, _, discounted = (column[:-1] for column in rollout)
+    """The rollout as a batch to learn from, with advantages by the value function of now."""
+    obs, actions, rewards, terminations, _, _, logprobs = (column[:-1] for column in rollout)
     if args.norm_reward:
-        agent.return_stats.update(discounted[rollout.is_real])
         deviation = (agent.return_stats.var + 1e-8).sqrt()
         rewards = (rewards / deviation).clamp(-10, 10).float()
     all_values = agent.get_value(rollout.obs)
@@ -392,7 +395,7 @@ def prepare(rollout: Rollout, agent: Agent, args: Args) -> Batch:
     advantages = compute_gae(
         rewards, values, next_values, terminations, dones, args.gamma, args.gae_lambda
     )
-    logprobs, weights = agent.policy(obs).log_prob(actions), rollout.is_real.float()
+    weights = rollout.is_real.float()
     columns = (obs, actions, logprobs, advantages, advantages + values, values, weights)
     return Batch(*(column.flatten(0, 1) for column in columns))
 
@@ -427,29 +430,36 @@ def gradient_step(agent: Agent, optimizer, mb: Batch, args: Args) -> dict[str, T
     return metrics
 
 
-def update(agent: Agent, optimizer, batch: Batch, args: Args) -> dict[str, float]:
+def explained_variance(batch: Batch) -> float:
+    """Share of the returns' variance that V foresaw: 1 is all of it, 0 is none."""
+    is_real = batch.weights > 0
+    errors, returns = (batch.returns - batch.values)[is_real], batch.returns[is_real]
+    return float(1 - errors.var(correction=0) / returns.var(correction=0).clamp(min=1e-8))
+
+
+def update(agent: Agent, optimizer, rollout: Rollout, args: Args) -> dict[str, float]:
     """Improve the policy and the value function: epochs x minibatches of gradient steps.
 
+    Each epoch estimates the advantages anew, by the value function that the one before improved
+    (Andrychowicz et al. 2021, section 3.5).
+
     Returns:
-        The mean of each diagnostic over the minibatches of the last epoch; nothing if there are
-        reset rows alone.
+        The mean of each diagnostic over the minibatches of the last epoch, and the explained
+        variance before the first; nothing where all rows are reset rows.
     """
     metrics = {}
-    for _ in range(args.update_epochs):
+    for epoch in range(args.update_epochs):
+        batch = prepare(rollout, agent, args)
+        if epoch == 0:
+            foreseen = explained_variance(batch)
         steps = [gradient_step(agent, optimizer, mb, args) for mb in minibatches(batch, args)]
         if not steps:
             return {}
         metrics = {name: torch.stack([m[name] for m in steps]).mean() for name in steps[0]}
         if args.target_kl is not None and metrics["approx_kl"] > args.target_kl:
             break
-    return {name: value.item() for name, value in metrics.items()}
-
-
-def explained_variance(batch: Batch) -> float:
-    """Share of the returns' variance that V_old foresaw: 1 is all of it, 0 is none."""
-    is_real = batch.weights > 0
-    errors, returns = (batch.returns - batch.values)[is_real], batch.returns[is_real]
-    return float(1 - errors.var(correction=0) / returns.var(correction=0))
+    means = {name: value.item() for name, value in metrics.items()}
+    return means | {"explained_variance": foreseen}
 
 
 def evaluate(agent: Agent, args: Args) -> list[float]:
@@ -556,8 +566,8 @@ def train(args: Args) -> dict:
             optimizer.param_groups[0]["lr"] = remaining * args.learning_rate
 
             rollout, state, episodes = collect(envs, agent, state, global_step, args)
-            batch = prepare(rollout, agent, args)
-            losses = update(agent, optimizer, batch, args)
+            agent.return_stats.update(rollout.discounted[:-1][rollout.is_real])
+            losses = update(agent, optimizer, rollout, args)
             agent.obs_stats.update(rollout.obs[:-1][rollout.is_real])
             global_step += int(rollout.is_real.sum())
             iteration += 1
@@ -568,7 +578,6 @@ def train(args: Args) -> dict:
                     f"--learning-rate than {args.learning_rate}"
                 )
             scalars = {f"losses/{name}": value for name, value in losses.items()}
-            scalars["losses/explained_variance"] = explained_variance(batch)
             scalars["charts/learning_rate"] = remaining * args.learning_rate
             log.add(global_step, episodes, scalars)
 

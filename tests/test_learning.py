@@ -82,9 +82,9 @@ def test_learning_rate_falls_linearly_to_0_or_stays(script, args, tmp_path, monk
     rates = []
     update = script.update
 
-    def watch(agent, optimizer, batch, args):
+    def watch(agent, optimizer, rollout, args):
         rates.append(optimizer.param_groups[0]["lr"])
-        return update(agent, optimizer, batch, args)
+        return update(agent, optimizer, rollout, args)
 
     monkeypatch.setattr(script, "update", watch)
     options = dict(num_envs=2, num_steps=32, total_timesteps=640, num_minibatches=2)

@@ -153,6 +153,7 @@ def test_rewards_are_divided_by_the_deviation_and_clipped(script, args):
     (rollout,), agent, _ = rollouts(script, options, 1)
     rollout = rollout._replace(rewards=rollout.rewards.clone())
     rollout.rewards[0, 0] = 1e6
+    agent.return_stats.update(rollout.discounted[:-1][rollout.is_real])
     batch = script.prepare(rollout, agent, options)
     deviation = np.std(rollout.discounted[:-1][rollout.is_real].numpy())
     expected = np.clip(rollout.rewards[:-1].numpy().flatten() / deviation, -10, 10)
@@ -197,10 +198,22 @@ def test_old_and_new_logprobs_agree_before_the_first_gradient_step(script, args)
 # Minibatches --------------------------------------------------------------------------------------
 
 
-def real_batch(script, args, **options):
+def real_rollout(script, args, **options):
     options = args("Counting", num_envs=4, num_steps=16, num_minibatches=4, **options)
     (rollout,), agent, _ = rollouts(script, options, 1)
+    return rollout, agent, options
+
+
+def real_batch(script, args, **options):
+    rollout, agent, options = real_rollout(script, args, **options)
     return script.prepare(rollout, agent, options), agent, options
+
+
+def learn_from(script, agent, optimizer, batch, options) -> torch.Tensor:
+    """One epoch of gradient steps; returns the parameters after it."""
+    for mb in script.minibatches(batch, options):
+        script.gradient_step(agent, optimizer, mb, options)
+    return torch.nn.utils.parameters_to_vector(agent.parameters()).detach()
 
 
 def test_minibatches_deal_every_row_once(script, args):
@@ -240,21 +253,49 @@ def test_what_reset_rows_hold_does_not_change_an_update(script, args):
             column[is_reset] += garbage
         optimizer = torch.optim.Adam(agent.parameters(), 1e-3)
         torch.manual_seed(2)
-        script.update(agent, optimizer, batch, options)
-        parameters.append(torch.nn.utils.parameters_to_vector(agent.parameters()))
+        parameters.append(learn_from(script, agent, optimizer, batch, options))
     assert torch.equal(parameters[0], parameters[1])
     assert torch.equal(parameters[0], parameters[2])
 
 
 def test_minibatches_of_reset_rows_alone_change_nothing(script, args):
     """Not even through the momentum that Adam has from earlier steps."""
-    batch, agent, options = real_batch(script, args)
+    rollout, agent, options = real_rollout(script, args)
     optimizer = torch.optim.Adam(agent.parameters(), 1e-3)
-    script.update(agent, optimizer, batch, options)
+    script.update(agent, optimizer, rollout, options)
     before = torch.nn.utils.parameters_to_vector(agent.parameters())
-    nothing = batch._replace(weights=torch.zeros_like(batch.weights))
+    nothing = rollout._replace(resets=torch.ones_like(rollout.resets))
     assert script.update(agent, optimizer, nothing, options) == {}
     assert torch.equal(torch.nn.utils.parameters_to_vector(agent.parameters()), before)
+
+
+def test_advantages_are_estimated_anew_in_each_epoch(script, args, monkeypatch):
+    """By the value function as it is then, while the old log-probabilities stay."""
+    rollout, agent, options = real_rollout(script, args, update_epochs=3)
+    batches, values = [], []
+    prepare = script.prepare
+
+    def watch(rollout, agent, args):
+        batches.append(prepare(rollout, agent, args))
+        with torch.no_grad():
+            values.append(agent.get_value(rollout.obs[:-1]).flatten())
+        return batches[-1]
+
+    monkeypatch.setattr(script, "prepare", watch)
+    metrics = script.update(agent, torch.optim.Adam(agent.parameters(), 1e-2), rollout, options)
+    assert len(batches) == 3
+    for batch, value in zip(batches, values, strict=True):
+        assert torch.equal(batch.values, value)
+        assert torch.equal(batch.logprobs, batches[0].logprobs)
+    assert not torch.equal(batches[0].advantages, batches[1].advantages)
+
+    # the explained variance is the one from before learning
+    is_real = batches[0].weights > 0
+    returns = batches[0].returns[is_real].numpy()
+    errors = returns - batches[0].values[is_real].numpy()
+    assert metrics["explained_variance"] == pytest.approx(
+        1 - errors.var() / returns.var(), rel=1e-3
+    )
 
 
 def test_target_kl_ends_the_epochs(script, args, monkeypatch):
@@ -267,9 +308,9 @@ def test_target_kl_ends_the_epochs(script, args, monkeypatch):
 
     monkeypatch.setattr(script, "minibatches", count)
     for target_kl, expected in ((None, 10), (1e-12, 1), (1e9, 10)):
-        batch, agent, options = real_batch(script, args, target_kl=target_kl)
+        rollout, agent, options = real_rollout(script, args, target_kl=target_kl)
         epochs.clear()
-        script.update(agent, torch.optim.Adam(agent.parameters(), 1e-2), batch, options)
+        script.update(agent, torch.optim.Adam(agent.parameters(), 1e-2), rollout, options)
         assert len(epochs) == expected
 
 
