@@ -52,7 +52,7 @@ class Args:
     env_id: str = "Pendulum-v1"  # Gymnasium id, or my_module:MyEnv-v0 for one of your own
     total_timesteps: int = 500_000  # environment steps to learn from, over all environments
     num_envs: int = 16  # environments stepped side by side
-    num_steps: int = 128  # steps of each environment per iteration
+    num_steps: int = 256  # steps of each environment per iteration
     vectorization_mode: Literal["auto", "sync", "async"] = "auto"  # auto: native, else sync
 
     hidden_size: int = 64  # units in each of the two hidden layers of both networks
@@ -60,11 +60,11 @@ class Args:
     norm_obs: bool = True  # normalise observations by their running mean and variance
     norm_reward: bool = True  # divide rewards by the running deviation of the return
 
-    learning_rate: float = 1e-3  # step size of Adam at the start
+    learning_rate: float = 8e-4  # step size of Adam at the start
     anneal_lr: bool = True  # lower the learning rate linearly to 0 over the run
-    gamma: float = 0.99  # discount factor γ per step
+    gamma: float = 0.998  # discount factor γ per step
     gae_lambda: float = 0.95  # λ of generalised advantage estimation: 0 = TD(0), 1 = Monte Carlo
-    num_minibatches: int = 8  # gradient steps per epoch, each on an equal part of the data
+    num_minibatches: int = 16  # gradient steps per epoch, each on an equal part of the data
     update_epochs: int = 10  # passes over the data of an iteration
     norm_adv: bool = True  # normalise the advantages of each minibatch
     clip_coef: float = 0.2  # ε, how far the probability ratio may leave 1 and still gain
@@ -181,9 +181,9 @@ class Agent(nn.Module):
         self.critic = network(1, std=1.0)
         action_dim = math.prod(action_space.shape)
         self.actor = network(action_dim, std=0.01)  # the mean of the Gaussian
-        self.actor_logstd = nn.Parameter(torch.zeros(action_dim))
-        # Where an action has both bounds, [-1, 1] is stretched over them: the Gaussian's initial
-        # deviation of 1 then fits every environment.
+        self.actor_logstd = nn.Parameter(torch.full((action_dim,), math.log(0.5)))
+        # Where an action has both bounds, [-1, 1] is stretched over them: an initial deviation of
+        # 0.5 (Andrychowicz et al. 2021, section 3.2) then fits every environment.
         bounded = action_space.bounded_below & action_space.bounded_above
         low = np.where(bounded, action_space.low, -1)
         high = np.where(bounded, action_space.high, 1)

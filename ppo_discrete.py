@@ -52,7 +52,7 @@ class Args:
     env_id: str = "CartPole-v1"  # Gymnasium id, or my_module:MyEnv-v0 for one of your own
     total_timesteps: int = 500_000  # environment steps to learn from, over all environments
     num_envs: int = 16  # environments stepped side by side
-    num_steps: int = 128  # steps of each environment per iteration
+    num_steps: int = 256  # steps of each environment per iteration
     vectorization_mode: Literal["auto", "sync", "async"] = "auto"  # auto: native, else sync
 
     hidden_size: int = 64  # units in each of the two hidden layers of both networks
@@ -60,11 +60,11 @@ class Args:
     norm_obs: bool = True  # normalise observations by their running mean and variance
     norm_reward: bool = True  # divide rewards by the running deviation of the return
 
-    learning_rate: float = 1e-3  # step size of Adam at the start
+    learning_rate: float = 8e-4  # step size of Adam at the start
     anneal_lr: bool = True  # lower the learning rate linearly to 0 over the run
-    gamma: float = 0.99  # discount factor γ per step
+    gamma: float = 0.998  # discount factor γ per step
     gae_lambda: float = 0.95  # λ of generalised advantage estimation: 0 = TD(0), 1 = Monte Carlo
-    num_minibatches: int = 8  # gradient steps per epoch, each on an equal part of the data
+    num_minibatches: int = 16  # gradient steps per epoch, each on an equal part of the data
     update_epochs: int = 10  # passes over the data of an iteration
     norm_adv: bool = True  # normalise the advantages of each minibatch
     clip_coef: float = 0.2  # ε, how far the probability ratio may leave 1 and still gain
