@@ -26,6 +26,7 @@ import os
 import re
 import sys
 import time
+import warnings
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta
 from typing import Literal, NamedTuple
@@ -305,12 +306,13 @@ def make_envs(args: Args) -> gym.vector.VectorEnv:
     env = f"--env-id {args.env_id}:"
     mode = None if args.vectorization_mode == "auto" else args.vectorization_mode
     try:
-        envs = gym.make_vec(args.env_id, args.num_envs, mode)
+        with warnings.catch_warnings(record=True) as notes:
+            envs = gym.make_vec(args.env_id, args.num_envs, mode)
     except (gym.error.Error, ImportError) as error:
         raise UsageError(
-            f"{env} {error} (gymnasium.pprint_registry() lists the known ids; those of a package "
-            "need it installed or on PYTHONPATH and its module named in front, as in pip install "
-            "ale-py, --env-id ale_py:ALE/Pong-v5)"
+            f"{env} {error} (gymnasium.pprint_registry() lists the known ids; any other needs its "
+            "module installed or on PYTHONPATH and named in front, as in --env-id "
+            "ale_py:ALE/Pong-v5 after pip install ale-py)"
         ) from None
 
     actions, observations = envs.single_action_space, envs.single_observation_space
@@ -322,6 +324,8 @@ def make_envs(args: Args) -> gym.vector.VectorEnv:
     is_next_step = reset_mode is gym.vector.AutoresetMode.NEXT_STEP
     require(is_next_step, f"{env} its autoreset mode is {reset_mode}, NEXT_STEP is needed")
     require(observations.is_np_flattenable, f"{env} {observations} cannot be flattened to a Box")
+    for note in notes:  # only now: a refusal is one line
+        warnings.warn_explicit(note.message, note.category, note.filename, note.lineno)
     if not isinstance(observations, Box):
         envs = gym.wrappers.vector.FlattenObservation(envs)
     return gym.wrappers.vector.RecordEpisodeStatistics(envs)

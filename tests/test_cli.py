@@ -134,7 +134,7 @@ def test_a_users_own_environment(script, tmp_path):
     """`--env-id my_module:MyEnv-v0`, from a module beside the script."""
     kind = "Discrete" if script.__name__ == "ppo_discrete" else "Continuous"
     env_id = f"envs:tests/Counting{kind}-v0"
-    options = ("--env-id", env_id, "--total-timesteps", "3000", "--run-dir", "here")
+    options = ("--env-id", env_id, "--total-timesteps", "5000", "--run-dir", "here")
     process = run(script.__name__, *options, cwd=tmp_path)
     assert process.returncode == 0, process.stderr
     scalars = curves(tmp_path / "here")
@@ -142,8 +142,23 @@ def test_a_users_own_environment(script, tmp_path):
     assert {value for _, value in scalars["charts/episodic_return"]} == {1, 3, 6, 10}
 
 
+def test_warnings_of_a_usable_environment_are_passed_on(script, args):
+    options = args("Counting")
+    options.env_id = {"ppo_discrete": "CartPole-v0", "ppo_continuous": "Pendulum"}[script.__name__]
+    with pytest.warns(Warning, match="out of date|latest versioned"):
+        script.make_envs(options).close()
+
+
+def test_hyperparameters_are_logged_as_text(script, args, tmp_path):
+    script.train(args("Counting", seed=7, num_steps=4, total_timesteps=64))
+    reader = EventAccumulator(str(tmp_path / "run")).Reload()
+    (event,) = reader.Tensors("hyperparameters/text_summary")
+    text = event.tensor_proto.string_val[0].decode()
+    assert "|seed|7|" in text and "|num_steps|4|" in text
+
+
 def test_without_eval_episodes_nothing_is_played(script, args, capsys):
-    options = args("Counting", total_timesteps=2048)
+    options = args("Counting", total_timesteps=5000)
     assert script.train(options)["eval_returns"] == []
     assert "greedy" not in capsys.readouterr().out
 
@@ -225,6 +240,7 @@ BAD_OPTIONS = [
     ("--env-id HalfCheetah-v5", ["--env-id", 'pip install "gymnasium[mujoco]"']),
     ("--env-id ALE/Pong-v5", ["--env-id", "ALE", "pip install ale-py"]),
     ("--env-id what?", ["--env-id", "what?"]),
+    ("--env-id LunarLander-v2", ["--env-id", "LunarLander-v3"]),
     ("--env-id tests/MultiDiscrete-v0", ["--env-id", "MultiDiscrete", "Box", "Discrete"]),
     ("--env-id tests/SameStepVector{kind}", ["--env-id", "SAME_STEP", "NEXT_STEP"]),
     ("--env-id tests/UnsaidModeVector{kind}", ["--env-id", "None", "NEXT_STEP"]),
@@ -267,11 +283,13 @@ def main(script, options: list[str], monkeypatch) -> int:
 
 
 @pytest.mark.parametrize(("options", "says"), BAD_OPTIONS, ids=[o for o, _ in BAD_OPTIONS])
-def test_wrong_usage_is_one_line(script, kind, options, says, tmp_path, monkeypatch, capsys):
+def test_wrong_usage_is_one_line(
+    script, kind, options, says, tmp_path, monkeypatch, capsys, recwarn
+):
     monkeypatch.chdir(tmp_path)
     code = main(script, options.format(kind=kind).split(), monkeypatch)
     out, err = capsys.readouterr()
-    assert code == 2 and out == ""
+    assert code == 2 and out == "" and not recwarn.list
     assert err.count("\n") == 1 and err.startswith("error: ")
     for part in says:
         assert part in err

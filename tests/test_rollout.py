@@ -321,7 +321,7 @@ def test_seeds_1_and_2_share_no_environment_stream(script, args, tmp_path):
     streams = []
     for seed in (1, 2):
         Seeds.seen = []
-        options = args("Seeds", seed=seed, eval_episodes=5, total_timesteps=2048)
+        options = args("Seeds", seed=seed, eval_episodes=5, num_steps=8, total_timesteps=128)
         options.run_dir = str(tmp_path / str(seed))
         script.train(options)
         streams.append(set(Seeds.seen))
