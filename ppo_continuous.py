@@ -23,7 +23,6 @@ Optimization"; Andrychowicz et al. 2021, arXiv:2006.05990.
 import contextlib
 import math
 import os
-import re
 import sys
 import time
 import warnings
@@ -380,7 +379,7 @@ def collect(envs, agent: Agent, state: tuple, global_step: int, args: Args) -> t
         next_obs, reward, terminated, truncated, infos = envs.step(agent.to_env(action))
         reward = np.where(resets, 0, reward).astype(np.float32)
         discounted = args.gamma * discounted * ~resets + reward
-        rows.append((obs, action, reward, terminated, resets, discounted))
+        rows.append((obs, action, reward, terminated.copy(), resets, discounted))
 
         steps = global_step + np.cumsum(~resets)
         obs, resets, global_step = flat(next_obs), terminated | truncated, int(steps[-1])
@@ -505,7 +504,7 @@ def make_run_dir(args: Args) -> str:
         os.makedirs(args.run_dir, exist_ok=True)
         require(not os.listdir(args.run_dir), f"--run-dir {args.run_dir} must be new or empty")
         return args.run_dir
-    env_name = re.sub(r"[^\w.-]+", "-", args.env_id)
+    env_name = args.env_id.replace("/", "-").replace(":", "-")
     while True:
         start = f"{datetime.now():%Y%m%d-%H%M%S-%f}"
         run_dir = f"runs/{env_name}__{args.exp_name}__{args.seed}__{start}"

@@ -133,21 +133,30 @@ class CountingVector(VectorEnv):
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
 
+        self.obs = np.zeros((num_envs, 1), np.float32)
+        self.rewards = np.zeros(num_envs)
+        self.terminated, self.truncated = np.zeros((2, num_envs), bool)
+
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
-        self.done = np.zeros(self.num_envs, bool)
-        return np.stack([env.reset()[0] for env in self.envs]), {}
+        self.terminated[:] = self.truncated[:] = False
+        for i, env in enumerate(self.envs):
+            self.obs[i], _ = env.reset()
+        return self.obs, {}
 
     def step(self, actions):
-        rows = []
-        for env, action, done in zip(self.envs, actions, self.done, strict=True):
+        """Returns the same arrays every time, with other contents."""
+        for i, (env, done) in enumerate(
+            zip(self.envs, self.terminated | self.truncated, strict=True)
+        ):
             if done:
-                rows.append((env.reset()[0], self.reset_reward, False, False))
+                self.obs[i], _ = env.reset()
+                self.rewards[i] = self.reset_reward
+                self.terminated[i] = self.truncated[i] = False
             else:
-                rows.append(env.step(action)[:4])
-        obs, rewards, terminated, truncated = (np.array(column) for column in zip(*rows, strict=1))
-        self.done = terminated | truncated
-        return obs, rewards, terminated, truncated, {}
+                step = env.step(actions[i])
+                self.obs[i], self.rewards[i], self.terminated[i], self.truncated[i], _ = step
+        return self.obs, self.rewards, self.terminated, self.truncated, {}
 
 
 class SameStepVector(CountingVector):
