@@ -466,11 +466,11 @@ def update(agent: Agent, optimizer, rollout: Rollout, args: Args) -> dict[str, f
     metrics = {}
     for epoch in range(args.update_epochs):
         batch = prepare(rollout, agent, args)
-        if epoch == 0:
-            foreseen = explained_variance(batch)
         steps = [gradient_step(agent, optimizer, mb, args) for mb in minibatches(batch, args)]
         if not steps:
             return {}
+        if epoch == 0:
+            foreseen = explained_variance(batch)
         metrics = {name: torch.stack([m[name] for m in steps]).mean() for name in steps[0]}
         if args.target_kl is not None and metrics["approx_kl"] > args.target_kl:
             break
@@ -539,7 +539,7 @@ class Log:
             self.writer.add_scalar(tag, value, global_step)
 
         total, returns = self.args.total_timesteps, [value for _, value in self.episodes[-100:]]
-        mean_return = f"{np.mean(returns):.1f}" if returns else "none yet"
+        mean_return = f"{np.mean(returns):.1f}" if returns else "-"
         left = timedelta(seconds=max(0, total - global_step) // speed)
         line = f"{min(1, global_step / total):4.0%}  {global_step:,} steps  return {mean_return}"
         line = f"{line}  {speed:,.0f} steps/s  {left} left"

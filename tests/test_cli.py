@@ -180,6 +180,23 @@ def test_same_seed_same_run_to_the_bit(script, args, tmp_path):
     assert scalars[0] == scalars[1] and scalars[0] != scalars[2]
 
 
+def test_each_iteration_has_random_numbers_of_its_own(script, args, tmp_path, monkeypatch):
+    """They depend on (seed, iteration) alone: what else was drawn before does not matter."""
+    update, states = script.update, []
+
+    def draw_and_update(*given):
+        result = update(*given)
+        torch.rand(7)
+        return result
+
+    for name, function in (("a", update), ("b", draw_and_update)):
+        monkeypatch.setattr(script, "update", function)
+        options = args("Endless", run_dir=str(tmp_path / name), num_envs=2, num_steps=32)
+        options.total_timesteps = 200
+        states.append(script.train(options)["agent"].state_dict())
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
 def test_evaluation_depends_on_seed_and_episode_alone(script, args):
     options = args("ObservedReward", eval_episodes=6)
     torch.manual_seed(0)

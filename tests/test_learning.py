@@ -63,17 +63,17 @@ def test_value_of_an_endless_task_ignores_the_time_limit(script, args):
 
 # The greedy return of a random policy is about 22 on CartPole and -1200 on Pendulum.
 @pytest.mark.parametrize(
-    ("name", "env_id", "steps", "at_least"),
+    ("name", "env_id", "options", "at_least"),
     [
-        ("ppo_discrete", "CartPole-v1", 50_000, 400),
-        ("ppo_continuous", "Pendulum-v1", 100_000, -250),
+        ("ppo_discrete", "CartPole-v1", {"total_timesteps": 50_000}, 400),
+        ("ppo_continuous", "Pendulum-v1", {"total_timesteps": 100_000, "gamma": 0.95}, -300),
     ],
 )
-def test_learns(request, tmp_path, name, env_id, steps, at_least):
+def test_learns(tmp_path, name, env_id, options, at_least):
     script = __import__(name)
-    args = script.Args(env_id=env_id, total_timesteps=steps, run_dir=str(tmp_path / "run"))
+    args = script.Args(env_id=env_id, run_dir=str(tmp_path / "run"), **options)
     result = script.train(args)
-    assert result["global_step"] < steps + args.num_envs * args.num_steps
+    assert 0 <= result["global_step"] - args.total_timesteps < args.num_envs * args.num_steps
     assert len(result["eval_returns"]) == args.eval_episodes
     assert np.mean(result["eval_returns"]) >= at_least
 
@@ -84,6 +84,7 @@ def test_learning_rate_falls_linearly_to_0_or_stays(script, args, tmp_path, monk
 
     def watch(agent, optimizer, rollout, args):
         rates.append(optimizer.param_groups[0]["lr"])
+        assert isinstance(optimizer, torch.optim.Adam) and optimizer.param_groups[0]["eps"] == 1e-5
         return update(agent, optimizer, rollout, args)
 
     monkeypatch.setattr(script, "update", watch)

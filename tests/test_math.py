@@ -2,6 +2,7 @@
 
 import math
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -252,3 +253,27 @@ def test_moments_before_any_data_change_nothing(script):
 def test_seeds_of_different_keys_differ(script, seed):
     keys = [(s, stream, i) for s in range(20) for stream in range(3) for i in range(50)]
     assert len({script.derive_seed(*key) for key in keys}) == len(keys)
+
+
+# Initialisation -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("activation", ["tanh", "relu"])
+def test_initialisation_is_orthogonal(script, activation):
+    observations = gym.spaces.Box(-1, 1, (2, 2))
+    actions = {
+        "ppo_discrete": gym.spaces.Discrete(3),
+        "ppo_continuous": gym.spaces.Box(-1, 1, (3,)),
+    }[script.__name__]
+    args = script.Args(hidden_size=32, activation=activation)
+    agent = script.Agent(observations, actions, args)
+    for network, outputs, gain in ((agent.actor, 3, 0.01), (agent.critic, 1, 1.0)):
+        layers = [layer for layer in network if isinstance(layer, torch.nn.Linear)]
+        assert [layer.weight.shape for layer in layers] == [(32, 4), (32, 32), (outputs, 32)]
+        for layer, std in zip(layers, (math.sqrt(2), math.sqrt(2), gain), strict=True):
+            assert not layer.bias.any()
+            weight = layer.weight if layer.in_features >= layer.out_features else layer.weight.T
+            expected = std**2 * torch.eye(len(weight))
+            torch.testing.assert_close(weight @ weight.T, expected, atol=1e-5, rtol=0)
+        kind = {"tanh": torch.nn.Tanh, "relu": torch.nn.ReLU}[activation]
+        assert sum(isinstance(layer, kind) for layer in network) == 2

@@ -298,6 +298,19 @@ def test_advantages_are_estimated_anew_in_each_epoch(script, args, monkeypatch):
     )
 
 
+@pytest.mark.parametrize("max_grad_norm", [1e-3, 1e3])
+def test_gradient_norm_is_clipped_over_all_parameters(script, args, max_grad_norm):
+    batch, agent, options = real_batch(script, args, max_grad_norm=max_grad_norm)
+    before = torch.nn.utils.parameters_to_vector(agent.parameters()).detach()
+    sgd = torch.optim.SGD(agent.parameters(), lr=1.0)
+    norm = script.gradient_step(agent, sgd, script.minibatches(batch, options)[0], options)[
+        "grad_norm"
+    ]
+    step = torch.nn.utils.parameters_to_vector(agent.parameters()).detach() - before
+    assert 1e-3 < norm < 1e3
+    assert step.norm().item() == pytest.approx(min(norm.item(), max_grad_norm), rel=1e-3)
+
+
 def test_target_kl_ends_the_epochs(script, args, monkeypatch):
     epochs = []
     minibatches = script.minibatches
