@@ -450,7 +450,6 @@ def update(agent: Agent, optimizer, rollout: Rollout, args: Args) -> dict[str, f
         The mean of each diagnostic over the minibatches of the last epoch, and the explained
         variance before the first; nothing where all rows are reset rows.
     """
-    metrics = {}
     for epoch in range(args.update_epochs):
         batch = prepare(rollout, agent, args)
         steps = [gradient_step(agent, optimizer, mb, args) for mb in minibatches(batch, args)]
@@ -571,6 +570,7 @@ def train(args: Args) -> dict:
             rollout, state, episodes = collect(envs, agent, state, global_step, args)
             agent.return_stats.update(rollout.discounted[:-1][rollout.is_real])
             losses = update(agent, optimizer, rollout, args)
+            # only now, so that acting and learning have seen the same input
             agent.obs_stats.update(rollout.obs[:-1][rollout.is_real])
             global_step += int(rollout.is_real.sum())
             iteration += 1

@@ -4,8 +4,10 @@ import ast
 import difflib
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from datetime import datetime
 from pathlib import Path
 
@@ -364,6 +366,22 @@ def test_a_non_finite_loss_stops_the_run(script, tmp_path, monkeypatch, capsys):
     _, err = capsys.readouterr()
     assert err.count("\n") == 1 and "loss" in err and re.search(r"at step \d+", err)
     assert "--learning-rate" in err
+
+
+def test_ctrl_c_exits_with_130_and_no_traceback(script, tmp_path):
+    command = [sys.executable, script.__file__, "--run-dir", str(tmp_path / "run")]
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    while not list(tmp_path.glob("run/events*")):
+        time.sleep(0.1)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in err
 
 
 # The files ----------------------------------------------------------------------------------------
