@@ -551,7 +551,7 @@ def train(args: Args) -> dict:
     """
     validate(args)
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)  # more would slow small networks down
+        torch.set_num_threads(1)  # small networks gain little from more
     torch.backends.cudnn.deterministic = args.torch_deterministic
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     with contextlib.closing(make_envs(args)) as envs, contextlib.closing(Log(args)) as log:
