@@ -80,6 +80,7 @@ class UsageError(Exception):
 
 
 def require(condition: bool, message: str) -> None:
+    """Raise `UsageError` with the message unless the condition holds."""
     if not condition:
         raise UsageError(message)
 
@@ -117,16 +118,16 @@ def validate(args: Args) -> None:
     )
 
 
+PARAMETERS, ITERATION, EVALUATION = range(3)  # the streams of random numbers
+
+
 def derive_seed(*key: int) -> int:
     """One 32-bit seed per key of non-negative integers; those of different keys are unrelated.
 
     Gymnasium seeds environment i with `seed + i`, so that seeds 1 and 2 would share most of their
-    environments' streams. Keys of this file: (seed, stream, index), see the three streams below.
+    environments' streams. Keys of this file: (seed, stream, index).
     """
     return int(np.random.SeedSequence(key).generate_state(1)[0])
-
-
-PARAMETERS, ITERATION, EVALUATION = range(3)  # the streams of random numbers
 
 
 class RunningMoments(nn.Module):
@@ -183,7 +184,7 @@ class Agent(nn.Module):
         self.actor = network(action_dim, std=0.01)  # the mean of the Gaussian
         self.actor_logstd = nn.Parameter(torch.full((action_dim,), math.log(0.5)))
         # Where an action has both bounds, [-1, 1] is stretched over them: an initial deviation of
-        # 0.5 (Andrychowicz et al. 2021, section 3.2) then fits every environment.
+        # 0.5 (as in Andrychowicz et al. 2021) then fits every environment.
         bounded = action_space.bounded_below & action_space.bounded_above
         low = np.where(bounded, action_space.low, -1)
         high = np.where(bounded, action_space.high, 1)
@@ -235,13 +236,14 @@ class Agent(nn.Module):
 def compute_gae(rewards, values, next_values, terminations, dones, gamma, gae_lambda) -> Tensor:
     """Generalised advantage estimates (Schulman et al. 2016, eq. 16), [num_steps, num_envs].
 
-    Args, all tensors of that shape:
+    Args, tensors of that shape where nothing else is said:
         rewards: r[t], of the step from s[t] to s[t+1].
         values: V(s[t]).
         next_values: V(s[t+1]), where s[t+1] is what the step itself led to, never a reset.
         terminations: the task ended in s[t+1], whose future is therefore worth nothing.
         dones: the episode ended in s[t+1], by termination or by a time limit (whose future is worth
             V(s[t+1]), Pardo et al. 2018); no later reward enters the estimate.
+        gamma, gae_lambda: γ and λ, numbers from 0 to 1.
     """
     deltas = rewards + gamma * next_values * ~terminations - values
     decay = gamma * gae_lambda * (~dones).to(rewards)
@@ -457,7 +459,7 @@ def update(agent: Agent, optimizer, rollout: Rollout, args: Args) -> dict[str, f
     """Improve the policy and the value function: epochs x minibatches of gradient steps.
 
     Each epoch estimates the advantages anew, by the value function that the one before improved
-    (Andrychowicz et al. 2021, section 3.5).
+    (recommended by Andrychowicz et al. 2021).
 
     Returns:
         The mean of each diagnostic over the minibatches of the last epoch, and the explained
