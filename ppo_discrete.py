@@ -12,6 +12,7 @@
 
     python ppo_discrete.py                                  # solve CartPole-v1
     python ppo_discrete.py --env-id LunarLander-v3 --total-timesteps 1000000
+    python ppo_discrete.py --evaluate runs/... --render     # watch what a run has learned
     tensorboard --logdir runs                               # watch the learning curves
 
 The algorithm: Schulman et al. 2017, arXiv:1707.06347 ("the paper" below). Its advantages (GAE):
@@ -21,20 +22,27 @@ Optimization"; Andrychowicz et al. 2021, arXiv:2006.05990.
 """
 
 import contextlib
+import io
 import math
+import multiprocessing
 import os
+import shlex
+import signal
 import sys
+import threading
 import time
 import warnings
-from dataclasses import asdict, dataclass, replace
+import zipfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timedelta
+from importlib.util import find_spec
 from typing import Literal, NamedTuple
 
 import gymnasium as gym
 import numpy as np
 import torch
 import tyro
-from gymnasium.spaces import Box, Discrete
 from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution
 from torch.utils.tensorboard import SummaryWriter
@@ -47,10 +55,17 @@ class Args:
     torch_deterministic: bool = True  # let cuDNN use deterministic algorithms only
     cuda: bool = True  # use a GPU where there is one
     run_dir: str | None = None  # folder of the run (default: a new one under runs/)
+    checkpoint_interval: float = 5.0  # seconds of training between checkpoints, at least
+    resume: str | None = None  # go on with this run, its folder or one of its checkpoints
+    auto_resume: bool = False  # go on with the run in --run-dir where there is one, else start it
+    evaluate: str | None = None  # no training: play with the policy of this run or checkpoint
     eval_episodes: int = 10  # greedy episodes played at the end, 0 for none
+    render: bool = False  # show the greedy episodes in a window
+    capture_video: bool = False  # film the greedy episodes, and one now and then while training
 
     env_id: str = "CartPole-v1"  # Gymnasium id, or my_module:MyEnv-v0 for one of your own
     total_timesteps: int = 500_000  # environment steps to learn from, over all environments
+    target_return: float = math.inf  # end training once the last 100 episodes reach this mean
     num_envs: int = 16  # environments stepped side by side
     num_steps: int = 256  # steps of each environment per iteration
     vectorization_mode: Literal["auto", "sync", "async"] = "auto"  # auto: native, else sync
@@ -75,6 +90,9 @@ class Args:
     target_kl: float | None = None  # end an iteration's epochs once KL(old, new) exceeds this
 
 
+HOW_TO_RUN = {"run_dir", "resume", "auto_resume", "evaluate", "render"}  # not in a checkpoint
+
+
 class UsageError(Exception):
     """A mistake in the options that the user can correct; the text says how."""
 
@@ -92,30 +110,29 @@ def validate(args: Args) -> None:
         UsageError: naming the option, its value and what was expected.
     """
 
-    def require_all(names: str, is_valid, expected: str) -> None:
+    def check(names: str, is_valid, expected: str) -> None:
         for name in names.split():
             flag, value = name.replace("_", "-"), getattr(args, name)
             require(value is None or is_valid(value), f"--{flag} {value} must be {expected}")
 
     counts = "total_timesteps num_envs num_steps hidden_size num_minibatches update_epochs"
-    require_all(counts, lambda x: x >= 1, "at least 1")
-    require_all("seed eval_episodes ent_coef vf_coef", lambda x: 0 <= x < math.inf, "0 or more")
-    require_all("gamma gae_lambda", lambda x: 0 <= x <= 1, "between 0 and 1")
+    check(counts, lambda x: x >= 1, "at least 1")
+    amounts = "seed checkpoint_interval eval_episodes ent_coef vf_coef"
+    check(amounts, lambda x: 0 <= x < math.inf, "0 or more")
+    check("gamma gae_lambda", lambda x: 0 <= x <= 1, "between 0 and 1")
     scales = "learning_rate clip_coef max_grad_norm target_kl"
-    require_all(scales, lambda x: 0 < x < math.inf, "above 0 and finite")
+    check(scales, lambda x: 0 < x < math.inf, "above 0 and finite")
+    check("target_return", lambda x: not math.isnan(x), "a number")
 
     batch_size = args.num_envs * args.num_steps
     rollout = f"--num-envs {args.num_envs} x --num-steps {args.num_steps} = {batch_size}"
-    parts = f"--num-minibatches {args.num_minibatches}"
-    require(batch_size % args.num_minibatches == 0, f"{parts} must divide {rollout} evenly")
-    require(
-        args.num_minibatches < batch_size or not args.norm_adv,
-        f"{parts} must be less than {rollout}: one step alone cannot be normalised (--no-norm-adv)",
-    )
-    require(
-        args.total_timesteps >= batch_size,
-        f"--total-timesteps {args.total_timesteps} must be at least one rollout, {rollout}",
-    )
+    is_even = batch_size % args.num_minibatches == 0 and batch_size > args.num_minibatches
+    parts = f"--num-minibatches {args.num_minibatches} must divide {rollout} into equal parts"
+    require(is_even, f"{parts} of 2 or more steps")
+    steps = f"--total-timesteps {args.total_timesteps} must be at least one rollout, {rollout}"
+    require(args.total_timesteps >= batch_size, steps)
+    can_film = not args.capture_video or find_spec("moviepy") is not None
+    require(can_film, "--capture-video needs the package moviepy: pip install moviepy")
 
 
 PARAMETERS, ITERATION, EVALUATION = range(3)  # the streams of random numbers
@@ -167,6 +184,8 @@ class Agent(nn.Module):
 
     def __init__(self, observation_space: gym.Space, action_space: gym.Space, args: Args):
         super().__init__()
+        size = f"--hidden-size {args.hidden_size} --activation {args.activation}"
+        self.shape = f"{size}, observations {observation_space}, actions {action_space}"
         self.norm_obs = args.norm_obs
         obs_dim = math.prod(observation_space.shape)
         self.obs_stats = RunningMoments(obs_dim)
@@ -182,10 +201,6 @@ class Agent(nn.Module):
         self.critic = network(1, std=1.0)
         self.actor = network(int(action_space.n), std=0.01)  # the logits
         self.action_start = action_space.start
-
-    @property
-    def device(self) -> torch.device:
-        return self.obs_stats.mean.device
 
     def normalize(self, obs: Tensor) -> Tensor:
         """Observations with mean 0 and variance 1, as far as seen, clipped to 10 deviations."""
@@ -205,14 +220,13 @@ class Agent(nn.Module):
     def get_action_and_value(self, obs: Tensor, action: Tensor | None = None) -> tuple[Tensor, ...]:
         """Action (sampled where none is given), its log π(a|s), the entropy of π(·|s), and V(s)."""
         policy = self.policy(obs)
-        if action is None:
-            action = policy.sample()
+        action = policy.sample() if action is None else action
         return action, policy.log_prob(action), policy.entropy(), self.get_value(obs)
 
     @torch.no_grad()
     def act(self, obs: np.ndarray, greedy: bool = False) -> np.ndarray:
         """Actions for observations in NumPy: samples of π(·|s), or its modes."""
-        policy = self.policy(torch.as_tensor(obs, device=self.device))
+        policy = self.policy(torch.as_tensor(obs, device=self.obs_stats.mean.device))
         return (policy.mode if greedy else policy.sample()).cpu().numpy()
 
     def to_env(self, action: np.ndarray) -> np.ndarray:
@@ -285,38 +299,66 @@ def ppo_loss(logprobs, entropies, values, mb: Batch, args: Args) -> tuple[Tensor
     return loss, {name: value.detach() for name, value in metrics.items()}
 
 
-def make_envs(args: Args) -> gym.vector.VectorEnv:
-    """The vector environment to train in, its episodes counted, its observations a Box.
+def leave_signals(env: gym.Env) -> gym.Env:
+    """In a worker of an async environment, leave Ctrl-C and SIGTERM to the main process."""
+    if multiprocessing.parent_process() is not None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    return env
+
+
+def make_envs(args: Args, **drawing) -> gym.vector.VectorEnv:
+    """The vector environment to learn or play in, its episodes counted, its observations a Box.
+
+    Args:
+        drawing: render_mode, and what else `gymnasium.make_vec` is to know where it is drawn.
 
     Raises:
         UsageError: where there is no such environment, or this script cannot learn in it.
     """
     env = f"--env-id {args.env_id}:"
-    mode = None if args.vectorization_mode == "auto" else args.vectorization_mode
+    hint = "gymnasium.pprint_registry() lists the known ids; another needs its module in front, on "
+    hint += "PYTHONPATH or installed: --env-id ale_py:ALE/Pong-v5 after pip install ale-py"
+    mode = "sync" if drawing else args.vectorization_mode
+    options = {"wrappers": [leave_signals]} if mode == "async" else drawing
     try:
         with warnings.catch_warnings(record=True) as notes:
-            envs = gym.make_vec(args.env_id, args.num_envs, mode)
+            modes = drawing and gym.make(args.env_id).metadata.get("render_modes", [])
+            is_drawable = not drawing or drawing["render_mode"] in modes
+            require(is_drawable, f"{env} cannot be shown or filmed, its render modes are {modes}")
+            mode = None if mode == "auto" else mode
+            envs = gym.make_vec(args.env_id, args.num_envs, mode, **options)
     except (gym.error.Error, ImportError) as error:
-        raise UsageError(
-            f"{env} {error} (gymnasium.pprint_registry() lists the known ids; any other needs its "
-            "module installed or on PYTHONPATH and named in front, as in --env-id "
-            "ale_py:ALE/Pong-v5 after pip install ale-py)"
-        ) from None
-
+        raise UsageError(f"{env} {error} ({hint})") from None
     actions, observations = envs.single_action_space, envs.single_observation_space
-    require(
-        isinstance(actions, Discrete),
-        f"{env} its actions are {actions}; ppo_discrete.py takes Discrete, ppo_continuous.py Box",
-    )
+    takers = "ppo_discrete.py takes Discrete, ppo_continuous.py Box"
+    require(isinstance(actions, gym.spaces.Discrete), f"{env} its actions are {actions}; {takers}")
     reset_mode = envs.metadata.get("autoreset_mode")
     is_next_step = reset_mode is gym.vector.AutoresetMode.NEXT_STEP
     require(is_next_step, f"{env} its autoreset mode is {reset_mode}, NEXT_STEP is needed")
     require(observations.is_np_flattenable, f"{env} {observations} cannot be flattened to a Box")
     for note in notes:  # only now: a refusal is one line
         warnings.warn_explicit(note.message, note.category, note.filename, note.lineno)
-    if not isinstance(observations, Box):
+    if not isinstance(observations, gym.spaces.Box):
         envs = gym.wrappers.vector.FlattenObservation(envs)
     return gym.wrappers.vector.RecordEpisodeStatistics(envs)
+
+
+def kill_workers() -> None:
+    """End the workers of async environments at once."""
+    for worker in multiprocessing.active_children():
+        worker.kill()
+
+
+@contextlib.contextmanager
+def closing(envs: gym.vector.VectorEnv) -> Iterator[gym.vector.VectorEnv]:
+    """Close the environments in the end; after an error, wait for no worker: it may be dead."""
+    try:
+        yield envs
+    except BaseException:
+        kill_workers()
+        raise
+    envs.close()
 
 
 class Rollout(NamedTuple):
@@ -365,24 +407,23 @@ def collect(envs, agent: Agent, state: tuple, global_step: int, args: Args) -> t
     rows, episodes = [], []
     for _ in range(args.num_steps):
         action = agent.act(obs)
-        next_obs, reward, terminated, truncated, infos = envs.step(agent.to_env(action))
+        next_obs, reward, terminated, truncated, _ = envs.step(agent.to_env(action))
         reward = np.where(resets, 0, reward).astype(np.float32)
         discounted = args.gamma * discounted * ~resets + reward
         rows.append((obs, action, reward, terminated.copy(), resets, discounted))
 
         steps = global_step + np.cumsum(~resets)
         obs, resets, global_step = flat(next_obs), terminated | truncated, int(steps[-1])
-        for name, value in (("observation", obs), ("reward", reward)):
+        for name, value in (("an observation", obs), ("a reward", reward)):
             if not np.isfinite(value).all():
-                problem = f"a {name} that is NaN or infinite at step {global_step}"
+                problem = f"{name} that is NaN or infinite at step {global_step}"
                 raise FloatingPointError(f"--env-id {args.env_id} returned {problem}")
-        if resets.any():
-            ended = (steps, infos["episode"]["r"], infos["episode"]["l"])
-            episodes += zip(*(column[resets].tolist() for column in ended), strict=True)
+        ended = (steps, envs.episode_returns, envs.episode_lengths)
+        episodes += zip(*(column[resets].tolist() for column in ended), strict=True)
 
     rows.append((obs, action, reward, terminated, resets, discounted))
-    columns = (np.stack(column) for column in zip(*rows, strict=True))
-    columns = [torch.as_tensor(column).to(agent.device) for column in columns]
+    device = agent.obs_stats.mean.device
+    columns = [torch.as_tensor(np.stack(column)).to(device) for column in zip(*rows, strict=True)]
     with torch.no_grad():  # all at once, since the policy is the same in every step
         logprobs = agent.policy(columns[0]).log_prob(columns[1])
     return Rollout(*columns, logprobs), (obs, resets, discounted), episodes
@@ -397,9 +438,8 @@ def prepare(rollout: Rollout, agent: Agent, args: Args) -> Batch:
         rewards = (rewards / deviation).clamp(-10, 10).float()
     all_values = agent.get_value(rollout.obs)
     values, next_values, dones = all_values[:-1], all_values[1:], rollout.resets[1:]
-    advantages = compute_gae(
-        rewards, values, next_values, terminations, dones, args.gamma, args.gae_lambda
-    )
+    gamma, gae_lambda = args.gamma, args.gae_lambda
+    advantages = compute_gae(rewards, values, next_values, terminations, dones, gamma, gae_lambda)
     weights = rollout.is_real.float()
     columns = (obs, actions, logprobs, advantages, advantages + values, values, weights)
     return Batch(*(column.flatten(0, 1) for column in columns))
@@ -466,85 +506,206 @@ def update(agent: Agent, optimizer, rollout: Rollout, args: Args) -> dict[str, f
     return means | {"explained_variance": foreseen}
 
 
-def evaluate(agent: Agent, args: Args) -> list[float]:
-    """Returns of `eval_episodes` greedy episodes in a fresh environment, one after the other.
+def play(
+    agent: Agent, args: Args, num_episodes: int, video_dir: str, signals: Sequence[int] = ()
+) -> Iterator[float]:
+    """Returns of greedy episodes in a fresh environment, one after the other, until a signal.
 
     Episode k depends on (seed, k) and the agent alone. Where the environment registers no time
     limit, an episode is cut after 10,000 steps: a policy that stands still would never end it.
     """
-    returns = []
-    with contextlib.closing(make_envs(replace(args, num_envs=1))) as envs:
-        for episode in range(args.eval_episodes):
+    drawing = {"render_mode": "human"} if args.render else {}
+    if args.capture_video:
+        film = [lambda env: gym.wrappers.RecordVideo(env, video_dir, lambda _: True)]
+        drawing = {"render_mode": "rgb_array", "wrappers": film}
+    with closing(make_envs(replace(args, num_envs=1), **drawing)) as envs:
+        for episode in range(num_episodes):
             obs, _ = envs.reset(seed=derive_seed(args.seed, EVALUATION, episode))
-            returns.append(0.0)
             for _ in range(envs.spec.max_episode_steps or 10_000):
                 action = agent.to_env(agent.act(flat(obs), greedy=True))
-                obs, reward, terminated, truncated, _ = envs.step(action)
-                returns[-1] += float(reward[0])
+                obs, _, terminated, truncated, _ = envs.step(action)
+                if signals:
+                    return
                 if terminated[0] or truncated[0]:
                     break
+            yield envs.episode_returns[0].item()
+
+
+def evaluate(agent: Agent, args: Args, video_dir: str, signals: Sequence[int]) -> list[float]:
+    """Play the greedy episodes that the user asked for, print and return their returns."""
+    returns = []
+    for episodic_return in play(agent, args, args.eval_episodes, video_dir, signals):
+        returns.append(episodic_return)
+        if args.evaluate is not None:
+            print(f"episode {len(returns)}: {episodic_return:.2f}", flush=True)
+    if returns:
+        mean, std = np.mean(returns), np.std(returns)
+        print(f"greedy return over {len(returns)} episodes: {mean:.1f} ± {std:.1f}")
     return returns
 
 
+@dataclass
+class Progress:
+    """How far a run has come, as a checkpoint holds it."""
+
+    global_step: int = 0  # steps learned from
+    iteration: int = 0  # rollouts they came in
+    seconds: float = 0.0  # of training
+    best_return: float = -math.inf  # the highest `mean_return` so far
+    evaluated_step: int = 0  # where the last evaluation was made
+    window: list[float] = field(default_factory=list)  # returns of the last 100 episodes
+
+    @property
+    def mean_return(self) -> float:
+        """Mean return of the last 100 episodes; NaN before there are as many."""
+        return sum(self.window) / 100 if len(self.window) == 100 else math.nan
+
+    def is_done(self, args: Args) -> bool:
+        return self.global_step >= args.total_timesteps or self.mean_return >= args.target_return
+
+
+def save(path: str, args: Args, agent: Agent, optimizer, run: Progress) -> None:
+    """Write a checkpoint; whenever this is killed, the file is whole, the old one or the new one.
+
+    It holds tensors and plain values only, so that it can be loaded without running code of it.
+
+    Raises:
+        OSError: the file cannot be written; the old one is as it was.
+    """
+    options = {k: v for k, v in asdict(args).items() if k not in HOW_TO_RUN}
+    options = {k: v.item() if isinstance(v, np.generic) else v for k, v in options.items()}
+    versions = {module.__name__: str(module.__version__) for module in (torch, gym, np)}
+    checkpoint = dict(args=options, versions=versions, shape=agent.shape, progress=asdict(run))
+    checkpoint |= dict(agent=dict(agent.state_dict()), optimizer=optimizer.state_dict()["state"])
+    data = io.BytesIO()  # torch.save to a full disk would fail in ways that say nothing
+    torch.save(checkpoint, data)
+    try:
+        with open(f"{path}.tmp", "wb") as file:
+            file.write(data.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(f"{path}.tmp", path)
+    except OSError as error:
+        raise OSError(f"{path} cannot be written (the one before is intact): {error}") from None
+
+
+def load(path: str) -> dict:
+    """Read a checkpoint (see `save`), which may come from a stranger.
+
+    Raises:
+        UsageError: there is none, or it is damaged, or something else.
+    """
+    hint = "(--resume and --evaluate take the folder of a run or a checkpoint in it)"
+    require(os.path.isfile(path), f"there is no checkpoint {path!r} {hint}")
+    data = io.BytesIO()
+    with contextlib.suppress(Exception):  # damage has many names
+        # torch.load compares no checksums; zipfile does, and leaves damage of the headers behind
+        with zipfile.ZipFile(path) as archive, zipfile.ZipFile(data, "w") as copy:
+            for name in set(archive.namelist()):
+                copy.writestr(name, archive.read(name))
+        data.seek(0)
+        checkpoint = torch.load(data, map_location="cpu", weights_only=True)
+        if {"args", "shape", "agent", "optimizer", "progress"} <= checkpoint.keys():
+            return checkpoint
+    raise UsageError(f"{path!r} is damaged, or no checkpoint of this script {hint}")
+
+
+def find_checkpoint(args: Args) -> str | None:
+    """Path of the checkpoint to start from, None where there is to be none."""
+    path = args.resume if args.evaluate is None else args.evaluate
+    is_clear = args.run_dir is None or path is None
+    require(is_clear, f"--run-dir {args.run_dir}: a run goes on in its own folder, leave this out")
+    if path is not None:
+        return os.path.join(path, "checkpoint.pt") if os.path.isdir(path) else path
+    require(args.run_dir or not args.auto_resume, "--auto-resume needs --run-dir, where to go on")
+    path = os.path.join(args.run_dir or "", "checkpoint.pt")
+    return path if args.auto_resume and os.path.exists(path) else None
+
+
 def make_run_dir(args: Args) -> str:
-    """Make the folder of the run, one that no other run has."""
-    if args.run_dir is not None:
-        os.makedirs(args.run_dir, exist_ok=True)
-        require(not os.listdir(args.run_dir), f"--run-dir {args.run_dir} must be new or empty")
-        return args.run_dir
-    env_name = args.env_id.replace("/", "-").replace(":", "-")
-    while True:
-        start = f"{datetime.now():%Y%m%d-%H%M%S-%f}"
-        run_dir = f"runs/{env_name}__{args.exp_name}__{args.seed}__{start}"
-        with contextlib.suppress(FileExistsError):
-            os.makedirs(run_dir)
-            return run_dir
+    """Make the folder of a new run, one that no other run has."""
+    name = f"{args.env_id.replace('/', '-').replace(':', '-')}__{args.exp_name}__{args.seed}"
+    run_dir = args.run_dir or f"runs/{name}__{datetime.now():%Y%m%d-%H%M%S-%f}"
+    os.makedirs(run_dir, exist_ok=bool(args.run_dir))
+    is_ours = args.auto_resume or not os.listdir(run_dir)
+    require(is_ours, f"--run-dir {run_dir} must be new or empty (--resume {run_dir} goes on there)")
+    return run_dir
 
 
-class Log:
-    """What the user sees of a run: TensorBoard's curves and a line about its progress."""
+def begin(envs: gym.vector.VectorEnv, args: Args, checkpoint: dict | None) -> tuple:
+    """The agent, its optimizer and the progress: new ones, or those of a checkpoint.
 
-    def __init__(self, args: Args):
-        self.args, self.run_dir = args, make_run_dir(args)
-        self.episodes: list[tuple[int, float]] = []  # (global step, return) of each that ended
-        # the queue is long so that learning never waits for the disk
-        self.writer = SummaryWriter(self.run_dir, max_queue=10_000, flush_secs=5)
-        rows = "".join(f"\n|{name}|{value}|" for name, value in asdict(args).items())
-        self.writer.add_text("hyperparameters", f"|option|value|\n|-|-|{rows}")
-        self.start_time = self.shown_time = time.time()
+    Raises:
+        UsageError: the options do not fit the checkpoint.
+    """
+    torch.manual_seed(derive_seed(args.seed, PARAMETERS))
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(device)
+    optimizer = torch.optim.Adam(agent.parameters(), args.learning_rate, eps=1e-5, fused=True)
+    if checkpoint is None:
+        return agent, optimizer, Progress()
 
-    def close(self) -> None:
-        self.writer.close()
-
-    def add(self, global_step: int, episodes: list, scalars: dict[str, float]) -> None:
-        """Write what an iteration brought, and show how far the run is."""
-        for step, episodic_return, length in episodes:
-            self.writer.add_scalar("charts/episodic_return", episodic_return, step)
-            self.writer.add_scalar("charts/episodic_length", length, step)
-            self.episodes.append((step, episodic_return))
-        speed = global_step / (time.time() - self.start_time)
-        for tag, value in (scalars | {"charts/SPS": speed}).items():
-            self.writer.add_scalar(tag, value, global_step)
-
-        total, returns = self.args.total_timesteps, [value for _, value in self.episodes[-100:]]
-        mean_return = f"{np.mean(returns):.1f}" if returns else "-"
-        left = timedelta(seconds=max(0, total - global_step) // speed)
-        line = f"{min(1, global_step / total):4.0%}  {global_step:,} steps  return {mean_return}"
-        line = f"{line}  {speed:,.0f} steps/s  {left} left"
-        is_done = global_step >= total
-        if sys.stdout.isatty():  # rewrite the line in place
-            print(f"\r{line}\033[K", end="\n" if is_done else "", flush=True)
-        elif is_done or time.time() - self.shown_time > 5:
-            print(line, flush=True)
-            self.shown_time = time.time()
+    shapes = f"{checkpoint['shape']}; asked for: {agent.shape}, --env-id {args.env_id}"
+    require(agent.shape == checkpoint["shape"], f"the checkpoint has {shapes}")
+    try:
+        run, saved_total = Progress(**checkpoint["progress"]), checkpoint["args"]["total_timesteps"]
+        agent.load_state_dict(checkpoint["agent"])
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": checkpoint["optimizer"]})
+        # a finished run may be started again as it was
+        is_enough = args.total_timesteps > min(run.global_step, saved_total - 1)
+    except Exception as error:
+        raise UsageError(f"the checkpoint is of another version of this script: {error}") from None
+    steps = f"--total-timesteps {args.total_timesteps} must be more than the {run.global_step} done"
+    require(is_enough or args.evaluate is not None, steps)
+    return agent, optimizer, run
 
 
-def train(args: Args) -> dict:
-    """Learn with PPO (Algorithm 1 of the paper), then play greedily.
+def make_writer(run_dir: str, first_step: int, args: Args) -> SummaryWriter:
+    """TensorBoard's writer for the steps from `first_step` on.
+
+    Later points that are there already are of a run killed after its checkpoint; they are hidden.
+    """
+    # the queue is long so that learning never waits for the disk
+    writer = SummaryWriter(run_dir, max_queue=10_000, flush_secs=5, purge_step=first_step)
+    rows = "".join(f"\n|{name}|{value}|" for name, value in asdict(args).items())
+    writer.add_text("hyperparameters", f"|option|value|\n|-|-|{rows}", first_step)
+    return writer
+
+
+def log(writer: SummaryWriter, run: Progress, episodes: list, scalars: dict) -> None:
+    """Write what an iteration brought to TensorBoard."""
+    for step, episodic_return, length in episodes:
+        writer.add_scalar("charts/episodic_return", episodic_return, step)
+        writer.add_scalar("charts/episodic_length", length, step)
+    for tag, value in (scalars | {"charts/SPS": run.global_step / run.seconds}).items():
+        writer.add_scalar(tag, value, run.global_step)
+
+
+def show(run: Progress, args: Args, is_due: bool, is_done: bool) -> None:
+    """Print how far the run is: on a terminal always, elsewhere when it is due."""
+    total, speed = args.total_timesteps, run.global_step / run.seconds
+    mean = f"{np.mean(run.window):.1f}" if run.window else "-"
+    left = timedelta(seconds=max(0, total - run.global_step) // speed)
+    line = f"{min(1, run.global_step / total):4.0%}  {run.global_step:,} steps  return {mean}"
+    line = f"{line}  {speed:,.0f} steps/s  {left} left"
+    if sys.stdout.isatty():  # rewrite the line in place
+        print(f"\r{line}\033[K", end="\n" if is_done else "", flush=True)
+    elif is_due:
+        print(line, flush=True)
+
+
+def train(args: Args, signals: Sequence[int] = ()) -> dict:
+    """Learn with PPO (Algorithm 1 of the paper), then play greedily; only that with `evaluate`.
+
+    Args:
+        args: used as they are, also with `resume`; it is `parse_args` that adds saved options.
+        signals: those received so far; once there is one, the iteration is the last.
 
     Returns:
         agent: the trained `Agent`; global_step: how many steps it learned from; episodes: (step,
-        return) of each finished episode; eval_returns: those of the greedy episodes at the end.
+        return) of each episode that ended meanwhile; solved_at: the step at which target_return was
+        reached, or None; eval_returns: those of the greedy episodes. With `evaluate`, the first and
+        the last.
 
     Raises:
         UsageError: an option is wrong; nothing was written.
@@ -555,61 +716,124 @@ def train(args: Args) -> dict:
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # small networks gain little from more
     torch.backends.cudnn.deterministic = args.torch_deterministic
-    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-    with contextlib.closing(make_envs(args)) as envs, contextlib.closing(Log(args)) as log:
-        torch.manual_seed(derive_seed(args.seed, PARAMETERS))
-        agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(device)
-        optimizer = torch.optim.Adam(agent.parameters(), args.learning_rate, eps=1e-5, fused=True)
+    path = find_checkpoint(args)
+    checkpoint = None if path is None else load(path)
+    if args.evaluate is not None:
+        args = replace(args, num_envs=1)
+    if args.capture_video or args.render:  # fail now rather than after training
+        make_envs(args, render_mode="rgb_array" if args.capture_video else "human").close()
+    with closing(make_envs(args)) as envs, contextlib.ExitStack() as stack:
+        agent, optimizer, run = begin(envs, args, checkpoint)
+        run_dir = make_run_dir(args) if path is None else os.path.dirname(path) or "."
+        if args.evaluate is not None:
+            returns = evaluate(agent, args, f"{run_dir}/videos/step-{run.global_step}", signals)
+            return {"agent": agent, "eval_returns": returns}
+        best = f"{run_dir}/best.pt"
+        if os.path.exists(best):
+            run.best_return = load(best)["progress"]["best_return"]
+        writer = stack.enter_context(make_writer(run_dir, run.global_step + 1, args))
 
-        obs, _ = envs.reset(seed=derive_seed(args.seed, ITERATION, 0))
+        obs, _ = envs.reset(seed=derive_seed(args.seed, ITERATION, run.iteration))
         state = (flat(obs), np.zeros(args.num_envs, bool), np.zeros(args.num_envs, np.float32))
-        global_step = iteration = 0
-        while global_step < args.total_timesteps:
-            torch.manual_seed(derive_seed(args.seed, ITERATION, iteration))
-            remaining = 1 - global_step / args.total_timesteps if args.anneal_lr else 1
+        history, saved_at, clock = [], -math.inf, time.perf_counter()
+        is_done = run.is_done(args)
+        while not is_done:
+            torch.manual_seed(derive_seed(args.seed, ITERATION, run.iteration))
+            remaining = 1 - run.global_step / args.total_timesteps if args.anneal_lr else 1
             optimizer.param_groups[0]["lr"] = remaining * args.learning_rate
 
-            rollout, state, episodes = collect(envs, agent, state, global_step, args)
+            rollout, state, episodes = collect(envs, agent, state, run.global_step, args)
             agent.return_stats.update(rollout.discounted[:-1][rollout.is_real])
             losses = update(agent, optimizer, rollout, args)
             # only now, so that acting and learning have seen the same input
             agent.obs_stats.update(rollout.obs[:-1][rollout.is_real])
-            global_step += int(rollout.is_real.sum())
-            iteration += 1
 
+            run.global_step += int(rollout.is_real.sum())
+            run.iteration += 1
+            run.window = (run.window + [value for _, value, _ in episodes])[-100:]
+            history += [(step, value) for step, value, _ in episodes]
+            run.seconds, clock = run.seconds + time.perf_counter() - clock, time.perf_counter()
             if not all(map(math.isfinite, losses.values())):
-                raise FloatingPointError(
-                    f"the loss became NaN or infinite at step {global_step}: try a lower "
-                    f"--learning-rate than {args.learning_rate}"
-                )
+                problem = f"the loss became NaN or infinite at step {run.global_step}"
+                raise FloatingPointError(f"{problem}: lower --learning-rate {args.learning_rate}")
             scalars = {f"losses/{name}": value for name, value in losses.items()}
             scalars["charts/learning_rate"] = remaining * args.learning_rate
-            log.add(global_step, episodes, scalars)
+            log(writer, run, episodes, scalars)
 
-        returns = evaluate(agent, args)
-        if returns:
-            mean, std = np.mean(returns), np.std(returns)
-            print(f"greedy return over {len(returns)} episodes: {mean:.1f} ± {std:.1f}")
-            log.writer.add_scalar("eval/episodic_return", mean, global_step)
-        print(f"tensorboard --logdir {log.run_dir}")
-    return dict(agent=agent, global_step=global_step, episodes=log.episodes, eval_returns=returns)
+            is_done = run.is_done(args) or bool(signals)
+            is_due = is_done or run.seconds - saved_at >= args.checkpoint_interval
+            show(run, args, is_due, is_done)
+            if run.mean_return > run.best_return:
+                run.best_return = run.mean_return
+                save(best, args, agent, optimizer, run)
+            if is_due:
+                writer.flush()  # first: no curve is to end before its checkpoint
+                save(f"{run_dir}/checkpoint.pt", args, agent, optimizer, run)
+                saved_at = run.seconds
+            if args.capture_video and run.iteration % 25 == 0:
+                list(play(agent, args, 1, f"{run_dir}/videos/step-{run.global_step}"))
+
+        solved_at = run.global_step if run.mean_return >= args.target_return else None
+        if solved_at is not None:
+            print(f"solved at step {solved_at:,} after {run.seconds:.0f} s")
+        if signals:
+            command = shlex.join(["python", os.path.relpath(__file__), "--resume", run_dir])
+            print(f"stopped at step {run.global_step:,}; to go on: {command}")
+        video_dir = f"{run_dir}/videos/step-{run.global_step}"
+        returns = [] if signals else evaluate(agent, args, video_dir, signals)
+        if returns and run.evaluated_step < run.global_step:
+            writer.add_scalar("eval/episodic_return", np.mean(returns), run.global_step)
+            run.evaluated_step = run.global_step
+            save(f"{run_dir}/checkpoint.pt", args, agent, optimizer, run)
+        print(f"tensorboard --logdir {run_dir}")
+    result = dict(agent=agent, global_step=run.global_step, episodes=history)
+    return result | dict(solved_at=solved_at, eval_returns=returns)
+
+
+def parse_args() -> Args:
+    """The options of the command line; those not given there are as in the checkpoint, if any."""
+    args = tyro.cli(Args, description=__doc__)
+    path = find_checkpoint(args)
+    saved = {} if path is None else load(path)["args"]
+    if args.evaluate is not None:  # watching is not as it was while training
+        saved |= {"capture_video": False, "eval_episodes": saved.get("eval_episodes") or 10}
+    kept = vars(args).keys() - HOW_TO_RUN
+    defaults = {name: value for name, value in saved.items() if name in kept}
+    # Gymnasium imports what stands before a colon; a folder from a stranger may hold modules too.
+    env_id = defaults.get("env_id", args.env_id)
+    is_trusted = "." not in env_id.rpartition(":")[0] or env_id == args.env_id
+    require(is_trusted, f"{path!r} imports code: give --env-id {env_id} again if you trust it")
+    return tyro.cli(Args, default=Args(**defaults), description=__doc__)
 
 
 def main() -> None:
-    """Train with the options of the command line.
+    """Train or evaluate with the options of the command line.
 
     Exit codes: 0 done, 1 the run failed, 2 wrong usage (both with one line that says why), 130
-    stopped by Ctrl-C.
+    stopped by Ctrl-C (SIGINT), 143 by SIGTERM.
     """
-    args = tyro.cli(Args, description=__doc__)
+    signals: list[int] = []
+
+    def stop(number: int, _frame) -> None:
+        """Let the iteration be finished and saved; on a second Ctrl-C, end at once."""
+        signals.append(number)
+        if signals.count(signal.SIGINT) > 1:
+            kill_workers()
+            os._exit(128 + number)
+
     try:
-        train(args)
+        args = parse_args()
+        signal.signal(signal.SIGINT, stop)
+        signal.signal(signal.SIGTERM, stop)
+        # TensorBoard's thread: its OSErrors reach the main thread anyway
+        threading.excepthook = lambda e: e.exc_type is OSError or threading.__excepthook__(e)
+        train(args, signals)
     except (UsageError, FloatingPointError, OSError) as error:
         clear = "\r\033[K" if sys.stderr.isatty() else ""  # the line about the progress
         print(f"{clear}error:", *str(error).split(), file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 1)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    if signals:
+        sys.exit(128 + signals[0])
 
 
 if __name__ == "__main__":

@@ -1,14 +1,18 @@
 import importlib
 import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; subprocesses inherit it
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+os.environ["PYTHONPATH"] = str(ROOT / "tests")
 
 import envs  # noqa: E402, F401 - registers the environments of the tests
 import pytest  # noqa: E402
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: E402
 
 SCRIPTS = ["ppo_discrete", "ppo_continuous"]
 
@@ -34,3 +38,35 @@ def args(script, kind, tmp_path):
         return script.Args(env_id=f"tests/{env}{kind}", **options)
 
     return make
+
+
+def command(script: str, *options: str) -> list[str]:
+    return [sys.executable, str(ROOT / f"{script}.py"), *map(str, options)]
+
+
+def run(script: str, *options: str, cwd: Path) -> subprocess.CompletedProcess:
+    """The script as a process of its own, with the environments of envs.py within reach."""
+    return subprocess.run(command(script, *options), cwd=cwd, capture_output=True, text=True)
+
+
+def curves(run_dir) -> dict[str, list[tuple[int, float]]]:
+    """What TensorBoard's own reader finds: (step, value) of each tag."""
+    reader = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
+    return {
+        tag: [(event.step, event.value) for event in reader.Scalars(tag)]
+        for tag in reader.Tags()["scalars"]
+    }
+
+
+def main(script, options: list, monkeypatch) -> int:
+    """The script's `main` in this process; returns its exit code."""
+    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, options)])
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        script.main()
+    except SystemExit as stop:
+        return stop.code
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return 0

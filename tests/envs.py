@@ -195,6 +195,25 @@ class Broken(Tiny):
         return np.full(1, self.obs, np.float32), self.reward, False, False, {}
 
 
+class Drawn(Tiny):
+    """Three steps, each a picture; `modes` has the render mode of each that was made."""
+
+    metadata = {"render_modes": ["human", "rgb_array"], "render_fps": 30}
+    modes: list[str | None] = []
+
+    def __init__(self, continuous: bool, render_mode: str | None = None):
+        super().__init__(continuous)
+        self.render_mode = render_mode
+        self.modes.append(render_mode)
+
+    def step(self, action):
+        self.t += 1
+        return self.observe(), 1.0, self.t == 3, False, {}
+
+    def render(self):
+        return np.full((64, 64, 3), self.t * 80, np.uint8)
+
+
 class Strict(gym.Env):
     """Refuses an action that is not in its space exactly as declared; remembers those it got."""
 
@@ -223,6 +242,7 @@ ENVS = {
     "Endless": Endless,
     "Counting": Counting,
     "Seeds": Seeds,
+    "Drawn": Drawn,
 }
 VECTOR_ENVS = {
     "CountingVector": CountingVector,

@@ -4,10 +4,8 @@ import ast
 import difflib
 import os
 import re
-import signal
 import subprocess
 import sys
-import time
 from datetime import datetime
 from pathlib import Path
 
@@ -15,7 +13,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SCRIPTS
+from conftest import ROOT, SCRIPTS, curves, main, run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 TAXI = "Taxi-v4" if "Taxi-v4" in gym.registry else "Taxi-v3"
@@ -57,23 +55,6 @@ TAGS = {
     "losses/grad_norm",
     "eval/episodic_return",
 }
-
-
-def run(script: str, *options: str, cwd: Path) -> subprocess.CompletedProcess:
-    """The script as a process of its own, with the environments of envs.py within reach."""
-    command = [sys.executable, ROOT / f"{script}.py", *options]
-    path = os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
-    environ = os.environ | {"PYTHONPATH": path}
-    return subprocess.run(command, cwd=cwd, env=environ, capture_output=True, text=True)
-
-
-def curves(run_dir) -> dict[str, list[tuple[int, float]]]:
-    """What TensorBoard's own reader finds: (step, value) of each tag."""
-    reader = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
-    return {
-        tag: [(event.step, event.value) for event in reader.Scalars(tag)]
-        for tag in reader.Tags()["scalars"]
-    }
 
 
 @pytest.mark.parametrize(("script", "env_id"), TASKS)
@@ -200,28 +181,26 @@ def test_each_iteration_has_random_numbers_of_its_own(script, args, tmp_path, mo
 
 
 def test_evaluation_depends_on_seed_and_episode_alone(script, args):
-    options = args("ObservedReward", eval_episodes=6)
+    options = args("ObservedReward")
     torch.manual_seed(0)
     envs = script.make_envs(options)
     agent = script.Agent(envs.single_observation_space, envs.single_action_space, options)
     envs.close()
-    six = script.evaluate(agent, options)
-    assert six == script.evaluate(agent, options) and len(set(six)) == 2
-    options.eval_episodes = 3
-    assert script.evaluate(agent, options) == six[:3]
+    six = list(script.play(agent, options, 6, ""))
+    assert six == list(script.play(agent, options, 6, "")) and len(set(six)) == 2
+    assert list(script.play(agent, options, 3, "")) == six[:3]
 
 
 def test_runs_of_the_same_second_have_folders_of_their_own(script, args, tmp_path, monkeypatch):
-    """Also those of the same microsecond: the first three readings of the clock agree."""
+    """Those of the same microsecond do not share one either: the second of them fails."""
     monkeypatch.chdir(tmp_path)
-    start = datetime(2026, 1, 2, 3, 4, 5)
 
     class Clock(datetime):
-        readings = iter([start, start, start, datetime(2026, 1, 2, 3, 4, 5, 6)])
+        readings = [datetime(2026, 1, 2, 3, 4, 5, microsecond) for microsecond in (0, 6, 6)]
 
         @classmethod
         def now(cls):
-            return next(cls.readings)
+            return cls.readings.pop(0)
 
     monkeypatch.setattr(script, "datetime", Clock)
     options = args("Counting", run_dir=None)
@@ -230,6 +209,8 @@ def test_runs_of_the_same_second_have_folders_of_their_own(script, args, tmp_pat
     name = f"runs/some_module-name-Space-v0__{script.__name__}__1__20260102-030405-"
     assert folders == [name + "000000", name + "000006"]
     assert all(Path(folder).is_dir() for folder in folders)
+    with pytest.raises(FileExistsError):
+        script.make_run_dir(options)
 
 
 def test_help_gives_meaning_and_default_of_every_option(script):
@@ -265,7 +246,7 @@ BAD_OPTIONS = [
     ("--env-id tests/UnsaidModeVector{kind}", ["--env-id", "None", "NEXT_STEP"]),
     ("--env-id tests/Sequence{kind}", ["--env-id", "Sequence", "Box"]),
     ("--num-minibatches 3", ["--num-minibatches 3", "--num-envs 16", "--num-steps"]),
-    ("--num-envs 2 --num-steps 3 --num-minibatches 6", ["--num-minibatches 6", "--no-norm-adv"]),
+    ("--num-envs 2 --num-steps 3 --num-minibatches 6", ["--num-minibatches 6", "2 or more"]),
     ("--total-timesteps 100", ["--total-timesteps 100", "at least", "--num-envs 16"]),
     ("--total-timesteps 0", ["--total-timesteps 0", "at least 1"]),
     ("--num-envs 0", ["--num-envs 0", "at least 1"]),
@@ -289,16 +270,6 @@ BAD_OPTIONS = [
     ("--ent-coef -1", ["--ent-coef -1", "0 or more"]),
     ("--vf-coef nan", ["--vf-coef nan", "0 or more"]),
 ]
-
-
-def main(script, options: list[str], monkeypatch) -> int:
-    """The script's `main` in this process; returns its exit code."""
-    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *options])
-    try:
-        script.main()
-    except SystemExit as stop:
-        return stop.code
-    return 0
 
 
 @pytest.mark.parametrize(("options", "says"), BAD_OPTIONS, ids=[o for o, _ in BAD_OPTIONS])
@@ -366,22 +337,6 @@ def test_a_non_finite_loss_stops_the_run(script, tmp_path, monkeypatch, capsys):
     _, err = capsys.readouterr()
     assert err.count("\n") == 1 and "loss" in err and re.search(r"at step \d+", err)
     assert "--learning-rate" in err
-
-
-def test_ctrl_c_exits_with_130_and_no_traceback(script, tmp_path):
-    command = [sys.executable, script.__file__, "--run-dir", str(tmp_path / "run")]
-    process = subprocess.Popen(
-        command,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
-    while not list(tmp_path.glob("run/events*")):
-        time.sleep(0.1)
-    time.sleep(1)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and "Traceback" not in err
 
 
 # The files ----------------------------------------------------------------------------------------
