@@ -59,7 +59,7 @@ class Args:
     resume: str | None = None  # go on with this run, its folder or one of its checkpoints
     auto_resume: bool = False  # go on with the run in --run-dir where there is one, else start it
     evaluate: str | None = None  # no training: play with the policy of this run or checkpoint
-    eval_episodes: int = 10  # greedy episodes played at the end, 0 for none
+    eval_episodes: int = 10  # greedy episodes after training, or with --evaluate; 0: none
     render: bool = False  # show the greedy episodes in a window
     capture_video: bool = False  # film the greedy episodes, and one now and then while training
 
