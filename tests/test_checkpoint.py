@@ -326,6 +326,7 @@ def test_render_shows_the_greedy_episodes_only(script, args, tmp_path, monkeypat
     Drawn.modes.clear()
     stopped_run(script, args("Drawn", capture_video=True, eval_episodes=1, **SMALL), monkeypatch)
     assert "rgb_array" in Drawn.modes and "human" not in Drawn.modes
+    assert not (tmp_path / "run" / "videos").exists()  # it was stopped before the evaluation
     Drawn.modes.clear()
     assert main(script, ["--evaluate", tmp_path / "run", "--render"], monkeypatch) == 0
     assert Drawn.modes[-1] == "human" and "rgb_array" not in Drawn.modes
