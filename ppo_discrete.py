@@ -22,6 +22,7 @@ Optimization"; Andrychowicz et al. 2021, arXiv:2006.05990.
 """
 
 import contextlib
+import copy
 import io
 import math
 import multiprocessing
@@ -44,7 +45,7 @@ import numpy as np
 import torch
 import tyro
 from torch import Tensor, nn
-from torch.distributions import Categorical, Distribution
+from torch.optim.adam import adam
 from torch.utils.tensorboard import SummaryWriter
 
 
@@ -54,6 +55,7 @@ class Args:
     seed: int = 1  # the same seed gives the same run, to the bit on one CPU
     torch_deterministic: bool = True  # let cuDNN use deterministic algorithms only
     cuda: bool = True  # use a GPU where there is one
+    compile: bool = False  # compile the gradient step: takes 12 s, pays from about 600k steps on
     run_dir: str | None = None  # folder of the run (default: a new one under runs/)
     checkpoint_interval: float = 5.0  # seconds of training between checkpoints, at least
     resume: str | None = None  # go on with this run, its folder or one of its checkpoints
@@ -175,11 +177,18 @@ def layer_init(layer: nn.Linear, std: float = math.sqrt(2)) -> nn.Linear:
     return layer
 
 
+class Tanh(nn.Tanh):
+    """tanh x = 2 σ(2x) - 1: on a CPU, PyTorch's σ takes a fraction of the time of its tanh."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * (2 * x).sigmoid() - 1
+
+
 class Agent(nn.Module):
     """The policy π (`actor`), the value function V (`critic`) and the statistics of their data.
 
-    All methods take raw observations, float32, [..., obs_dim], and normalise them themselves. The
-    statistics are buffers: whoever saves the `state_dict` saves them with it.
+    Both see a state as x, float32, [..., obs_dim], which is what `normalize` makes of observations.
+    The statistics are buffers: whoever saves the `state_dict` saves them with it.
     """
 
     def __init__(self, observation_space: gym.Space, action_space: gym.Space, args: Args):
@@ -190,7 +199,7 @@ class Agent(nn.Module):
         obs_dim = math.prod(observation_space.shape)
         self.obs_stats = RunningMoments(obs_dim)
         self.return_stats = RunningMoments()
-        activation = {"tanh": nn.Tanh, "relu": nn.ReLU}[args.activation]
+        activation = {"tanh": Tanh, "relu": nn.ReLU}[args.activation]
 
         def network(outputs: int, std: float) -> nn.Sequential:
             first = layer_init(nn.Linear(obs_dim, args.hidden_size))
@@ -209,29 +218,57 @@ class Agent(nn.Module):
         deviation = (self.obs_stats.var + 1e-8).sqrt()
         return ((obs - self.obs_stats.mean) / deviation).clamp(-10, 10).float()
 
-    def policy(self, obs: Tensor) -> Distribution:
-        """π(·|s): a categorical distribution over the actions 0 ... n - 1, [...]."""
-        return Categorical(logits=self.actor(self.normalize(obs)), validate_args=False)
+    def get_action(self, x: Tensor, greedy: bool = False) -> Tensor:
+        """Actions of π(·|s), the softmax of the logits: samples, or its mode."""
+        logits = self.actor(x)
+        # the largest of logits with Gumbel noise is a sample (Gumbel 1954)
+        gumbel = -torch.empty_like(logits).exponential_().log()
+        return (logits if greedy else logits + gumbel).argmax(-1)
 
-    def get_value(self, obs: Tensor) -> Tensor:
+    def get_value(self, x: Tensor) -> Tensor:
         """V(s), [...]."""
-        return self.critic(self.normalize(obs)).squeeze(-1)
+        return self.critic(x).squeeze(-1)
 
-    def get_action_and_value(self, obs: Tensor, action: Tensor | None = None) -> tuple[Tensor, ...]:
+    def get_action_and_value(self, x: Tensor, action: Tensor | None = None) -> tuple[Tensor, ...]:
         """Action (sampled where none is given), its log π(a|s), the entropy of π(·|s), and V(s)."""
-        policy = self.policy(obs)
-        action = policy.sample() if action is None else action
-        return action, policy.log_prob(action), policy.entropy(), self.get_value(obs)
+        action = self.get_action(x) if action is None else action
+        # by hand, since torch.distributions takes a good part of a gradient step
+        logprobs = self.actor(x).log_softmax(-1)
+        logprob = logprobs.gather(-1, action.unsqueeze(-1)).squeeze(-1)
+        entropy = -(logprobs.exp() * logprobs).sum(-1)
+        return action, logprob, entropy, self.get_value(x)
 
     @torch.no_grad()
     def act(self, obs: np.ndarray, greedy: bool = False) -> np.ndarray:
         """Actions for observations in NumPy: samples of π(·|s), or its modes."""
-        policy = self.policy(torch.as_tensor(obs, device=self.obs_stats.mean.device))
-        return (policy.mode if greedy else policy.sample()).cpu().numpy()
+        obs = torch.as_tensor(obs, device=self.obs_stats.mean.device)
+        return self.get_action(self.normalize(obs), greedy).cpu().numpy()
 
     def to_env(self, action: np.ndarray) -> np.ndarray:
         """Actions as the environment takes them, [n]: a `Discrete` space may not start at 0."""
         return action + self.action_start
+
+
+class Adam(nn.Module):
+    """torch.optim.Adam (Kingma and Ba 2015) in one operation a step, which saves most of its time.
+
+    All parameters of the agent become views of one vector.
+    """
+
+    def __init__(self, agent: Agent, lr: float):
+        super().__init__()
+        self.lr = lr
+        self.vector = nn.utils.parameters_to_vector(agent.parameters()).detach()
+        nn.utils.vector_to_parameters(self.vector, agent.parameters())
+        self.register_buffer("mean", torch.zeros_like(self.vector))
+        self.register_buffer("square", torch.zeros_like(self.vector))
+        self.register_buffer("steps", self.vector.new_zeros(()))
+
+    def step(self, gradient: Tensor) -> None:
+        """Descend the gradient, a vector like `vector`."""
+        state = [self.vector], [gradient], [self.mean], [self.square], [], [self.steps]
+        rates = dict(lr=self.lr, beta1=0.9, beta2=0.999, eps=1e-5, weight_decay=0.0)
+        adam(*state, **rates, amsgrad=False, maximize=False, fused=True)
 
 
 def compute_gae(rewards, values, next_values, terminations, dones, gamma, gae_lambda) -> Tensor:
@@ -247,18 +284,20 @@ def compute_gae(rewards, values, next_values, terminations, dones, gamma, gae_la
         gamma, gae_lambda: γ and λ, numbers from 0 to 1.
     """
     deltas = rewards + gamma * next_values * ~terminations - values
-    decay = gamma * gae_lambda * (~dones).to(rewards)
-    advantages, advantage = [], torch.zeros_like(rewards[0])
-    for delta, keep in zip(deltas.flip(0), decay.flip(0), strict=True):
-        advantage = torch.addcmul(delta, keep, advantage)  # delta[t] + decay[t] * advantage[t+1]
-        advantages.append(advantage)
-    return torch.stack(advantages).flip(0)
+    # A[t] = delta[t] + decay[t] A[t+1], for all t at once: each round doubles the number of terms
+    # that A[t] holds of its sum
+    advantages, decay, reach = deltas, gamma * gae_lambda * (~dones).to(deltas), 1
+    while reach < len(advantages):
+        advantages[:-reach] += decay[:-reach] * advantages[reach:]
+        decay[:-reach] = decay[:-reach] * decay[reach:]
+        reach *= 2
+    return advantages
 
 
 class Batch(NamedTuple):
     """What an epoch learns from: one row per step, reset rows (see `Rollout`) with weight 0."""
 
-    obs: Tensor  # [n, obs_dim]
+    x: Tensor  # [n, obs_dim], observations as the networks see them
     actions: Tensor  # [n], int64
     logprobs: Tensor  # [n], log π_old(a|s)
     advantages: Tensor  # [n]
@@ -276,10 +315,9 @@ def ppo_loss(logprobs, entropies, values, mb: Batch, args: Args) -> tuple[Tensor
         args: clip_coef, clip_vloss, ent_coef and vf_coef are used.
 
     Returns:
-        The loss, and its parts and diagnostics by name, without gradient; all scalars.
+        The loss, and its parts by name; all scalars.
     """
-    logratios = logprobs - mb.logprobs
-    ratios = logratios.exp()  # r(θ)
+    ratios = (logprobs - mb.logprobs).exp()  # r(θ)
     clipped_ratios = ratios.clamp(1 - args.clip_coef, 1 + args.clip_coef)
     surrogates = torch.min(ratios * mb.advantages, clipped_ratios * mb.advantages)
     policy_loss = -mb.weights @ surrogates  # eq. 7
@@ -291,12 +329,8 @@ def ppo_loss(logprobs, entropies, values, mb: Batch, args: Args) -> tuple[Tensor
     value_loss = 0.5 * mb.weights @ errors
     entropy = mb.weights @ entropies
 
-    metrics = {"policy_loss": policy_loss, "value_loss": value_loss, "entropy": entropy}
-    metrics["old_approx_kl"] = mb.weights @ -logratios
-    metrics["approx_kl"] = mb.weights @ (ratios - 1 - logratios)  # joschu.net/blog/kl-approx.html
-    metrics["clipfrac"] = mb.weights @ ((ratios - 1).abs() > args.clip_coef).to(ratios)
     loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy
-    return loss, {name: value.detach() for name, value in metrics.items()}
+    return loss, {"policy_loss": policy_loss, "value_loss": value_loss, "entropy": entropy}
 
 
 def leave_signals(env: gym.Env) -> gym.Env:
@@ -418,30 +452,31 @@ def collect(envs, agent: Agent, state: tuple, global_step: int, args: Args) -> t
             if not np.isfinite(value).all():
                 problem = f"{name} that is NaN or infinite at step {global_step}"
                 raise FloatingPointError(f"--env-id {args.env_id} returned {problem}")
-        ended = (steps, envs.episode_returns, envs.episode_lengths)
-        episodes += zip(*(column[resets].tolist() for column in ended), strict=True)
+        if resets.any():
+            ended = (steps, envs.episode_returns, envs.episode_lengths)
+            episodes += zip(*(column[resets].tolist() for column in ended), strict=True)
 
     rows.append((obs, action, reward, terminated, resets, discounted))
-    device = agent.obs_stats.mean.device
-    columns = [torch.as_tensor(np.stack(column)).to(device) for column in zip(*rows, strict=True)]
+    columns = [torch.as_tensor(np.stack(column)) for column in zip(*rows, strict=True)]
     with torch.no_grad():  # all at once, since the policy is the same in every step
-        logprobs = agent.policy(columns[0]).log_prob(columns[1])
+        _, logprobs, _, _ = agent.get_action_and_value(agent.normalize(columns[0]), columns[1])
     return Rollout(*columns, logprobs), (obs, resets, discounted), episodes
 
 
 @torch.no_grad()
 def prepare(rollout: Rollout, agent: Agent, args: Args) -> Batch:
     """The rollout as a batch to learn from, with advantages by the value function of now."""
-    obs, actions, rewards, terminations, _, _, logprobs = (column[:-1] for column in rollout)
+    _, actions, rewards, terminations, _, _, logprobs = (column[:-1] for column in rollout)
     if args.norm_reward:
         deviation = (agent.return_stats.var + 1e-8).sqrt()
         rewards = (rewards / deviation).clamp(-10, 10).float()
-    all_values = agent.get_value(rollout.obs)
+    x = agent.normalize(rollout.obs)
+    all_values = agent.get_value(x)
     values, next_values, dones = all_values[:-1], all_values[1:], rollout.resets[1:]
     gamma, gae_lambda = args.gamma, args.gae_lambda
     advantages = compute_gae(rewards, values, next_values, terminations, dones, gamma, gae_lambda)
     weights = rollout.is_real.float()
-    columns = (obs, actions, logprobs, advantages, advantages + values, values, weights)
+    columns = (x[:-1], actions, logprobs, advantages, advantages + values, values, weights)
     return Batch(*(column.flatten(0, 1) for column in columns))
 
 
@@ -464,15 +499,42 @@ def minibatches(batch: Batch, args: Args):
     return [Batch(*mb) for n, *mb in zip(counts.flatten().tolist(), *mbs, strict=True) if n]
 
 
-def gradient_step(agent: Agent, optimizer, mb: Batch, args: Args) -> dict[str, Tensor]:
-    """Descend the loss of one minibatch; returns its diagnostics, scalars on the agent's device."""
-    _, logprobs, entropies, values = agent.get_action_and_value(mb.obs, mb.actions)
-    loss, metrics = ppo_loss(logprobs, entropies, values, mb, args)
-    optimizer.zero_grad()
-    loss.backward()
-    metrics["grad_norm"] = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
-    optimizer.step()
-    return metrics
+def gradient(agent: Agent, mb: Batch, args: Args) -> Tensor:
+    """The gradient of the loss of a minibatch, of all parameters in one vector."""
+    _, logprobs, entropies, values = agent.get_action_and_value(mb.x, mb.actions)
+    loss, _ = ppo_loss(logprobs, entropies, values, mb, args)
+    return nn.utils.parameters_to_vector(torch.autograd.grad(loss, [*agent.parameters()]))
+
+
+def compile_gradient(agent: Agent, args: Args):
+    """`gradient`, compiled for the minibatches of this run; on CUDA replayed as a graph.
+
+    Raises:
+        UsageError: there is nothing to compile with.
+    """
+    if hasattr(torch._dynamo.config, "trace_autograd_ops"):  # since PyTorch 2.11
+        torch._dynamo.config.trace_autograd_ops = True  # forward and backward pass in one
+    compiled = torch.compile(gradient, dynamic=False, mode="reduce-overhead")
+    rows = args.num_envs * args.num_steps // args.num_minibatches
+    with torch.no_grad():
+        x = agent.obs_stats.mean.float().expand(rows, -1).contiguous()
+        mb = Batch(x, agent.get_action(x), *x.new_zeros(5, rows))
+    try:
+        compiled(agent, mb, args)
+    except Exception as error:  # compilers fail in many ways
+        need = "a C++ compiler and Python's headers (apt install g++ python3-dev; xcode-select"
+        raise UsageError(f"--compile needs {need} --install): {error}") from None
+    return compiled
+
+
+def gradient_step(
+    agent: Agent, optimizer: Adam, mb: Batch, args: Args, gradient=gradient
+) -> Tensor:
+    """Descend the loss of one minibatch; returns the norm of its gradient before clipping."""
+    vector = gradient(agent, mb, args)
+    norm = vector.norm()
+    optimizer.step(vector * (args.max_grad_norm / (norm + 1e-6)).clamp(max=1))
+    return norm
 
 
 def explained_variance(batch: Batch) -> float:
@@ -482,28 +544,49 @@ def explained_variance(batch: Batch) -> float:
     return float(1 - errors.var(correction=0) / returns.var(correction=0).clamp(min=1e-8))
 
 
-def update(agent: Agent, optimizer, rollout: Rollout, args: Args) -> dict[str, float]:
+@torch.no_grad()
+def diagnose(agent: Agent, batch: Batch, args: Args) -> dict[str, Tensor]:
+    """How far the policy has moved from the one that collected the batch, and how V fits it."""
+    (mb,) = minibatches(batch, replace(args, num_minibatches=1))
+    _, logprobs, entropies, values = agent.get_action_and_value(mb.x, mb.actions)
+    _, metrics = ppo_loss(logprobs, entropies, values, mb, args)
+    logratios = logprobs - mb.logprobs
+    ratios = logratios.exp()
+    metrics["old_approx_kl"] = mb.weights @ -logratios
+    metrics["approx_kl"] = mb.weights @ (ratios - 1 - logratios)  # joschu.net/blog/kl-approx.html
+    metrics["clipfrac"] = mb.weights @ ((ratios - 1).abs() > args.clip_coef).to(ratios)
+    return metrics
+
+
+def update(
+    agent: Agent, optimizer, rollout: Rollout, args: Args, gradient=gradient
+) -> dict[str, float]:
     """Improve the policy and the value function: epochs x minibatches of gradient steps.
 
     Each epoch estimates the advantages anew, by the value function that the one before improved
     (recommended by Andrychowicz et al. 2021).
 
+    Args:
+        gradient: the function of that name, or what it was compiled to.
+
     Returns:
-        The mean of each diagnostic over the minibatches of the last epoch, and the explained
-        variance before the first; nothing where all rows are reset rows.
+        Diagnostics of the outcome, the mean norm of the gradient in the last epoch, and the
+        explained variance before the first; nothing where all rows are reset rows.
     """
     for epoch in range(args.update_epochs):
         batch = prepare(rollout, agent, args)
-        steps = [gradient_step(agent, optimizer, mb, args) for mb in minibatches(batch, args)]
-        if not steps:
+        mbs = minibatches(batch, args)
+        norms = [gradient_step(agent, optimizer, mb, args, gradient) for mb in mbs]
+        if not norms:
             return {}
         if epoch == 0:
             foreseen = explained_variance(batch)
-        metrics = {name: torch.stack([m[name] for m in steps]).mean() for name in steps[0]}
-        if args.target_kl is not None and metrics["approx_kl"] > args.target_kl:
-            break
-    means = {name: value.item() for name, value in metrics.items()}
-    return means | {"explained_variance": foreseen}
+        if args.target_kl is not None:
+            if diagnose(agent, batch, args)["approx_kl"] > args.target_kl:
+                break
+    metrics = diagnose(agent, batch, args) | {"grad_norm": torch.stack(norms).mean()}
+    means = torch.stack([*metrics.values()]).tolist()  # all at once: on CUDA, this waits
+    return dict(zip(metrics, means, strict=True)) | {"explained_variance": foreseen}
 
 
 def play(
@@ -576,7 +659,7 @@ def save(path: str, args: Args, agent: Agent, optimizer, run: Progress) -> None:
     options = {k: v.item() if isinstance(v, np.generic) else v for k, v in options.items()}
     versions = {module.__name__: str(module.__version__) for module in (torch, gym, np)}
     checkpoint = dict(args=options, versions=versions, shape=agent.shape, progress=asdict(run))
-    checkpoint |= dict(agent=dict(agent.state_dict()), optimizer=optimizer.state_dict()["state"])
+    checkpoint |= dict(agent=dict(agent.state_dict()), optimizer=dict(optimizer.state_dict()))
     data = io.BytesIO()  # torch.save to a full disk would fail in ways that say nothing
     torch.save(checkpoint, data)
     try:
@@ -641,7 +724,7 @@ def begin(envs: gym.vector.VectorEnv, args: Args, checkpoint: dict | None) -> tu
     torch.manual_seed(derive_seed(args.seed, PARAMETERS))
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(device)
-    optimizer = torch.optim.Adam(agent.parameters(), args.learning_rate, eps=1e-5, fused=True)
+    optimizer = Adam(agent, args.learning_rate)
     if checkpoint is None:
         return agent, optimizer, Progress()
 
@@ -650,7 +733,7 @@ def begin(envs: gym.vector.VectorEnv, args: Args, checkpoint: dict | None) -> tu
     try:
         run, saved_total = Progress(**checkpoint["progress"]), checkpoint["args"]["total_timesteps"]
         agent.load_state_dict(checkpoint["agent"])
-        optimizer.load_state_dict(optimizer.state_dict() | {"state": checkpoint["optimizer"]})
+        optimizer.load_state_dict(checkpoint["optimizer"])
         # a finished run may be started again as it was
         is_enough = args.total_timesteps > min(run.global_step, saved_total - 1)
     except Exception as error:
@@ -724,8 +807,10 @@ def train(args: Args, signals: Sequence[int] = ()) -> dict:
         make_envs(args, render_mode="rgb_array" if args.capture_video else "human").close()
     with closing(make_envs(args)) as envs, contextlib.ExitStack() as stack:
         agent, optimizer, run = begin(envs, args, checkpoint)
+        device, is_training = agent.obs_stats.mean.device, args.evaluate is None
+        compute = compile_gradient(agent, args) if args.compile and is_training else gradient
         run_dir = make_run_dir(args) if path is None else os.path.dirname(path) or "."
-        if args.evaluate is not None:
+        if not is_training:
             returns = evaluate(agent, args, f"{run_dir}/videos/step-{run.global_step}", signals)
             return {"agent": agent, "eval_returns": returns}
         best = f"{run_dir}/best.pt"
@@ -740,11 +825,14 @@ def train(args: Args, signals: Sequence[int] = ()) -> dict:
         while not is_done:
             torch.manual_seed(derive_seed(args.seed, ITERATION, run.iteration))
             remaining = 1 - run.global_step / args.total_timesteps if args.anneal_lr else 1
-            optimizer.param_groups[0]["lr"] = remaining * args.learning_rate
+            optimizer.lr = remaining * args.learning_rate
 
-            rollout, state, episodes = collect(envs, agent, state, run.global_step, args)
+            # environments live on the CPU: so does the policy that acts, to wait for no GPU
+            player = agent if device.type == "cpu" else copy.deepcopy(agent).cpu()
+            rollout, state, episodes = collect(envs, player, state, run.global_step, args)
+            rollout = Rollout(*(column.to(device) for column in rollout))
             agent.return_stats.update(rollout.discounted[:-1][rollout.is_real])
-            losses = update(agent, optimizer, rollout, args)
+            losses = update(agent, optimizer, rollout, args, compute)
             # only now, so that acting and learning have seen the same input
             agent.obs_stats.update(rollout.obs[:-1][rollout.is_real])
 
@@ -832,6 +920,9 @@ def main() -> None:
         clear = "\r\033[K" if sys.stderr.isatty() else ""  # the line about the progress
         print(f"{clear}error:", *str(error).split(), file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 1)
+    except Exception:  # a compiler or ffmpeg that got the Ctrl-C too fails
+        if not signals:
+            raise
     if signals:
         sys.exit(128 + signals[0])
 

@@ -280,7 +280,7 @@ def returns_of(output: str) -> list[float]:
     ("name", "env_id", "total_timesteps"),
     [
         ("ppo_continuous", "Pendulum-v1", 100_000),
-        ("ppo_continuous", "LunarLanderContinuous-v3", 50_000),
+        ("ppo_continuous", "LunarLanderContinuous-v3", 100_000),
         ("ppo_discrete", "CartPole-v1", 30_000),
     ],
 )
@@ -659,6 +659,22 @@ SPAWN = """import multiprocessing, sys
 multiprocessing.set_start_method("spawn")
 import {script}
 {script}.main()"""
+
+
+def test_what_fails_with_a_signal_is_no_failure_of_the_run(script, monkeypatch, capsys):
+    """The terminal's Ctrl-C also reaches a compiler or ffmpeg, which then fails."""
+
+    def fail(args, signals):
+        signals += [signal.SIGINT] * is_stopped
+        raise RuntimeError("the compiler was killed")
+
+    monkeypatch.setattr(script, "train", fail)
+    is_stopped = True
+    assert main(script, [], monkeypatch) == 130
+    assert capsys.readouterr().err == ""
+    is_stopped = False
+    with pytest.raises(RuntimeError):
+        main(script, [], monkeypatch)
 
 
 @pytest.mark.parametrize("mode", ["sync", "async", "spawned"])

@@ -392,7 +392,8 @@ def test_the_scripts_are_twins():
         "Args",  # the defaults of env_id and ent_coef
         "Agent",
         "Agent.__init__",
-        "Agent.policy",
+        "Agent.get_action",
+        "Agent.get_action_and_value",
         "Agent.to_env",
         "Batch",  # the shape of the actions
         "Rollout",

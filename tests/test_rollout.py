@@ -1,5 +1,7 @@
 """What reaches learning from the environments: every step, and no reset row."""
 
+import copy
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -102,7 +104,8 @@ def test_training_counts_and_learns_from_real_steps_only(script, args, env, monk
         return made[-1]
 
     def watch_loss(*columns, mb, args):
-        seen.append(mb.obs[mb.weights > 0])
+        if torch.is_grad_enabled():  # rather than diagnosing
+            seen.append(mb.x[mb.weights > 0])
         assert mb.weights.sum().item() == pytest.approx(1)
         return ppo_loss(*columns, mb, args)
 
@@ -118,6 +121,7 @@ def test_training_counts_and_learns_from_real_steps_only(script, args, env, monk
         update_epochs=1,
         total_timesteps=100,
         gamma=0.9,
+        norm_obs=False,  # so that minibatches hold the observations themselves
     )
     result = script.train(options)
     logs = [single.unwrapped.log for single in made[0].unwrapped.envs]
@@ -189,7 +193,7 @@ def test_old_and_new_logprobs_agree_before_the_first_gradient_step(script, args)
     for _ in range(3):
         rollout, state, _ = script.collect(envs, agent, state, 0, options)
         batch = script.prepare(rollout, agent, options)
-        _, logprobs, _, values = agent.get_action_and_value(batch.obs, batch.actions)
+        _, logprobs, _, values = agent.get_action_and_value(batch.x, batch.actions)
         assert torch.equal(logprobs, batch.logprobs) and torch.equal(values, batch.values)
         agent.obs_stats.update(rollout.obs[:-1][rollout.is_real])
     envs.close()
@@ -219,7 +223,7 @@ def learn_from(script, agent, optimizer, batch, options) -> torch.Tensor:
 def test_minibatches_deal_every_row_once(script, args):
     batch, _, options = real_batch(script, args, norm_adv=False)
     parts = list(script.minibatches(batch, options))
-    assert [len(mb.obs) for mb in parts] == [16] * 4
+    assert [len(mb.x) for mb in parts] == [16] * 4
     for dealt, whole in zip(zip(*parts, strict=True), batch, strict=True):
         dealt = torch.cat(dealt)
         if whole is batch.weights:
@@ -249,9 +253,9 @@ def test_what_reset_rows_hold_does_not_change_an_update(script, args):
         torch.manual_seed(1)
         batch, agent, options = real_batch(script, args)
         is_reset = batch.weights == 0
-        for column in (batch.logprobs, batch.advantages, batch.returns, batch.values, batch.obs):
+        for column in (batch.logprobs, batch.advantages, batch.returns, batch.values, batch.x):
             column[is_reset] += garbage
-        optimizer = torch.optim.Adam(agent.parameters(), 1e-3)
+        optimizer = script.Adam(agent, 1e-3)
         torch.manual_seed(2)
         parameters.append(learn_from(script, agent, optimizer, batch, options))
     assert torch.equal(parameters[0], parameters[1])
@@ -261,7 +265,7 @@ def test_what_reset_rows_hold_does_not_change_an_update(script, args):
 def test_minibatches_of_reset_rows_alone_change_nothing(script, args):
     """Not even through the momentum that Adam has from earlier steps."""
     rollout, agent, options = real_rollout(script, args)
-    optimizer = torch.optim.Adam(agent.parameters(), 1e-3)
+    optimizer = script.Adam(agent, 1e-3)
     script.update(agent, optimizer, rollout, options)
     before = torch.nn.utils.parameters_to_vector(agent.parameters())
     nothing = rollout._replace(resets=torch.ones_like(rollout.resets))
@@ -278,11 +282,12 @@ def test_advantages_are_estimated_anew_in_each_epoch(script, args, monkeypatch):
     def watch(rollout, agent, args):
         batches.append(prepare(rollout, agent, args))
         with torch.no_grad():
-            values.append(agent.get_value(rollout.obs[:-1]).flatten())
+            values.append(agent.get_value(agent.normalize(rollout.obs[:-1])).flatten())
         return batches[-1]
 
     monkeypatch.setattr(script, "prepare", watch)
-    metrics = script.update(agent, torch.optim.Adam(agent.parameters(), 1e-2), rollout, options)
+    optimizer = script.Adam(agent, options.learning_rate)
+    metrics = script.update(agent, optimizer, rollout, options)
     assert len(batches) == 3
     for batch, value in zip(batches, values, strict=True):
         assert torch.equal(batch.values, value)
@@ -299,31 +304,71 @@ def test_advantages_are_estimated_anew_in_each_epoch(script, args, monkeypatch):
 
 
 @pytest.mark.parametrize("max_grad_norm", [1e-3, 1e3])
-def test_gradient_norm_is_clipped_over_all_parameters(script, args, max_grad_norm):
+def test_gradient_norm_is_clipped_over_all_parameters(script, args, max_grad_norm, monkeypatch):
     batch, agent, options = real_batch(script, args, max_grad_norm=max_grad_norm)
     before = torch.nn.utils.parameters_to_vector(agent.parameters()).detach()
-    sgd = torch.optim.SGD(agent.parameters(), lr=1.0)
-    norm = script.gradient_step(agent, sgd, script.minibatches(batch, options)[0], options)[
-        "grad_norm"
-    ]
-    step = torch.nn.utils.parameters_to_vector(agent.parameters()).detach() - before
+    mb = script.minibatches(batch, options)[0]
+    optimizer, gradient = script.Adam(agent, 1.0), script.gradient(agent, mb, options)
+    monkeypatch.setattr(optimizer, "step", lambda vector: optimizer.vector.sub_(vector))
+    norm = script.gradient_step(agent, optimizer, mb, options)
+    step = before - torch.nn.utils.parameters_to_vector(agent.parameters()).detach()
     assert 1e-3 < norm < 1e3
+    assert norm.item() == pytest.approx(gradient.norm().item())
     assert step.norm().item() == pytest.approx(min(norm.item(), max_grad_norm), rel=1e-3)
+    cosine = torch.cosine_similarity(step, gradient, dim=0)
+    assert cosine.item() == pytest.approx(1, abs=1e-3)
+
+
+def test_adam_is_pytorchs(script, args):
+    """Its epsilon 1e-5 (detail 3 of the 37), on the agent's own parameters."""
+    _, agent, _ = real_batch(script, args)
+    twin = copy.deepcopy(agent)
+    ours, stock = script.Adam(agent, 1.0), torch.optim.Adam(twin.parameters(), eps=1e-5)
+    for i in range(5):
+        ours.lr = stock.param_groups[0]["lr"] = 1e-3 * (5 - i)
+        gradient = torch.randn(len(ours.vector)) * 10.0 ** (-2 * i)
+        ours.step(gradient)
+        parts = gradient.split([parameter.numel() for parameter in twin.parameters()])
+        for parameter, part in zip(twin.parameters(), parts, strict=True):
+            parameter.grad = part.view_as(parameter)
+        stock.step()
+    for old, new in zip(twin.parameters(), agent.parameters(), strict=True):
+        torch.testing.assert_close(new, old)
+
+
+def test_diagnostics_are_those_of_the_policy_after_the_update(script, args):
+    rollout, agent, options = real_rollout(script, args, clip_coef=0.02, learning_rate=1e-2)
+    optimizer = script.Adam(agent, options.learning_rate)
+    metrics = script.update(agent, optimizer, rollout, options)
+    is_real = rollout.is_real
+    x, actions = agent.normalize(rollout.obs[:-1][is_real]), rollout.actions[:-1][is_real]
+    with torch.no_grad():
+        _, logprobs, entropies, _ = agent.get_action_and_value(x, actions)
+    logratios = (logprobs - rollout.logprobs[:-1][is_real]).double()
+    expected = {
+        "old_approx_kl": -logratios.mean(),
+        "approx_kl": (logratios.exp() - 1 - logratios).mean(),
+        "clipfrac": ((logratios.exp() - 1).abs() > 0.02).double().mean(),
+        "entropy": entropies.mean(),
+    }
+    for name, value in expected.items():
+        assert metrics[name] == pytest.approx(value.item(), rel=1e-3, abs=1e-7), name
+    assert 0.05 < metrics["clipfrac"] < 0.95
 
 
 def test_target_kl_ends_the_epochs(script, args, monkeypatch):
     epochs = []
-    minibatches = script.minibatches
+    prepare = script.prepare
 
-    def count(batch, args):
-        epochs.append(args)
-        return minibatches(batch, args)
+    def count(*given):
+        epochs.append(given)
+        return prepare(*given)
 
-    monkeypatch.setattr(script, "minibatches", count)
+    monkeypatch.setattr(script, "prepare", count)
     for target_kl, expected in ((None, 10), (1e-12, 1), (1e9, 10)):
         rollout, agent, options = real_rollout(script, args, target_kl=target_kl)
         epochs.clear()
-        script.update(agent, torch.optim.Adam(agent.parameters(), 1e-2), rollout, options)
+        script.update(agent, script.Adam(agent, 1e-2), rollout, options)
         assert len(epochs) == expected
 
 
