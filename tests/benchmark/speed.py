@@ -1,0 +1,522 @@
+"""Speed of the scripts, against Stable-Baselines3 and against the environment alone.
+
+    python tests/benchmark/speed.py                    # steady state and gradient step
+    python tests/benchmark/speed.py --repetitions 1 --iterations 8      # a quick look
+    python tests/benchmark/speed.py --parts solve memory     # time to solve, 1M steps: 20 minutes
+    python tests/benchmark/speed.py --parts tables     # the README's tables, from the results
+
+Each measurement is a process of its own with one thread. The contenders take turns in every
+repetition, so that the drift of the machine hits all alike, and medians over the repetitions are
+compared. Results go to tests/benchmark/results/*.csv.
+"""
+
+import argparse
+import csv
+import importlib
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from datetime import date
+from functools import partial
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent.parent
+RESULTS = Path(__file__).parent / "results"
+
+# name: script, environment, num_envs, num_steps, minibatch size; 10 epochs each
+SETTINGS = {
+    "Pendulum 16 x 128, 256": ("ppo_continuous", "Pendulum-v1", 16, 128, 256),
+    "Pendulum 8 x 256, 64": ("ppo_continuous", "Pendulum-v1", 8, 256, 64),
+    "LunarLander 16 x 128, 256": ("ppo_discrete", "LunarLander-v3", 16, 128, 256),
+    "CartPole 16 x 128, 256": ("ppo_discrete", "CartPole-v1", 16, 128, 256),
+}
+CONTENDERS = ("ours", "ours --compile", "stable-baselines3", "environment")
+WARM_UP = 3  # iterations that are left out
+# passes: of the networks over all data, for values, log-probabilities and diagnostics
+SPLIT = ("environment", "acting", "gradient_steps", "passes", "rest")
+
+# the mark for the mean of the last 20 training episodes, and the RL Zoo's settings
+# (rl-baselines3-zoo, hyperparams/ppo.yml; lin_x there is a value that falls linearly to 0)
+SOLVE = {
+    "CartPole-v1": (
+        *("ppo_discrete", 475, 8, 100_000),
+        dict(n_steps=32, batch_size=256, gae_lambda=0.8, gamma=0.98, n_epochs=20, ent_coef=0.0)
+        | dict(learning_rate=lambda remaining: remaining * 1e-3)
+        | dict(clip_range=lambda remaining: remaining * 0.2),
+    ),
+    "Pendulum-v1": (
+        *("ppo_continuous", -200, 4, 100_000),
+        dict(n_steps=1024, gae_lambda=0.95, gamma=0.9, n_epochs=10, ent_coef=0.0, use_sde=True)
+        | dict(learning_rate=1e-3, clip_range=0.2, sde_sample_freq=4),
+    ),
+    "LunarLander-v3": (
+        *("ppo_discrete", 200, 16, 1_000_000),
+        dict(n_steps=1024, batch_size=64, gae_lambda=0.98, gamma=0.999, n_epochs=4, ent_coef=0.01),
+    ),
+}
+
+
+class Stopwatch:
+    """Seconds spent in functions, by the name of what they do."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+        self.is_running = False
+
+    def time(self, name: str, owner, attribute: str) -> None:
+        """Replace owner.attribute by itself with the clock running, unless one is already."""
+        import torch  # only here, so that importing the script takes the time it takes
+
+        function = getattr(owner, attribute)
+        self.seconds[name] = 0.0
+
+        def timed(*args, **kwargs):
+            if torch.compiler.is_compiling() or self.is_running:
+                return function(*args, **kwargs)
+            self.is_running, start = True, time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.seconds[name] += time.perf_counter() - start
+                self.is_running = False
+
+        setattr(owner, attribute, timed)
+
+
+class Laps:
+    """Notes time and split at the end of every iteration; ends the run after enough of them."""
+
+    def __init__(self, stopwatch: Stopwatch, iterations: int):
+        self.stopwatch, self.iterations, self.laps = stopwatch, iterations, []
+        self.begin = time.perf_counter()
+
+    def lap(self) -> bool:
+        self.laps.append((time.perf_counter(), dict(self.stopwatch.seconds)))
+        return len(self.laps) >= self.iterations + WARM_UP
+
+    def result(self, steps: int) -> dict[str, float]:
+        """Speed and split of an iteration of so many steps, and what the first ones took longer."""
+        (start, before), (end, after) = self.laps[WARM_UP - 1], self.laps[-1]
+        lap = (end - start) / (len(self.laps) - WARM_UP)
+        shares = {name: (after[name] - before[name]) / (end - start) for name in after}
+        shares["rest"] = 1 - sum(shares.values())
+        extra = start - self.begin - WARM_UP * lap
+        return {"steps_per_second": steps / lap, "warm_up_s": extra} | shares
+
+
+def script_args(script, setting: str):
+    """Options of the script for a setting."""
+    _, env_id, num_envs, num_steps, minibatch_size = SETTINGS[setting]
+    return script.Args(
+        env_id=env_id,
+        num_envs=num_envs,
+        num_steps=num_steps,
+        num_minibatches=num_envs * num_steps // minibatch_size,
+        total_timesteps=10**9,
+        eval_episodes=0,
+        run_dir=os.path.join(tempfile.mkdtemp(), "run"),
+    )
+
+
+def measure_ours(setting: str, iterations: int, compiled: bool = False) -> dict[str, float]:
+    start = time.perf_counter()
+    script = importlib.import_module(SETTINGS[setting][0])
+    imported = time.perf_counter()
+    stopwatch, signals, make_envs, show = Stopwatch(), [], script.make_envs, script.show
+    laps = Laps(stopwatch, iterations)
+
+    def make_timed_envs(*args, **kwargs):
+        envs = make_envs(*args, **kwargs)
+        stopwatch.time("environment", envs, "step")
+        return envs
+
+    def show_and_note(*args):
+        show(*args)
+        if laps.lap():
+            signals.append(0)
+
+    def collect_and_note(*args, collect=script.collect):
+        if not laps.laps:
+            laps.begin = time.perf_counter()
+        return collect(*args)
+
+    script.make_envs, script.show, script.collect = make_timed_envs, show_and_note, collect_and_note
+    stopwatch.time("acting", script.Agent, "act")
+    stopwatch.time("acting", script.Agent, "to_env")
+    stopwatch.time("gradient_steps", script, "gradient_step")
+    stopwatch.time("passes", script.Agent, "get_value")
+    stopwatch.time("passes", script.Agent, "get_action_and_value")
+    script.train(replace(script_args(script, setting), compile=compiled), signals)
+    steps = SETTINGS[setting][2] * SETTINGS[setting][3]
+    return laps.result(steps) | {"import_s": imported - start, "set_up_s": laps.begin - imported}
+
+
+def make_sb3(env_id: str, num_envs: int, normalize: bool, seed: int, options: dict):
+    """Stable-Baselines3's PPO; without the render mode that its make_vec_env would set."""
+    import gymnasium as gym
+    from stable_baselines3 import PPO
+    from stable_baselines3.common.env_util import make_vec_env
+    from stable_baselines3.common.vec_env import VecNormalize
+
+    envs = make_vec_env(lambda: gym.make(env_id), num_envs, seed=seed)
+    if normalize:
+        envs = VecNormalize(envs, gamma=options["gamma"])
+    return PPO("MlpPolicy", envs, device="cpu", seed=seed, **options)
+
+
+def measure_sb3(setting: str, iterations: int) -> dict[str, float]:
+    start = time.perf_counter()
+    from stable_baselines3.common.callbacks import BaseCallback
+
+    imported = time.perf_counter()
+    name, env_id, num_envs, num_steps, minibatch_size = SETTINGS[setting]
+    args = script_args(importlib.import_module(name), setting)
+    options = dict(n_steps=num_steps, batch_size=minibatch_size, n_epochs=args.update_epochs)
+    options |= dict(gamma=args.gamma, gae_lambda=args.gae_lambda, ent_coef=args.ent_coef)
+    options |= dict(learning_rate=args.learning_rate, clip_range=args.clip_coef)
+    set_up = time.perf_counter()
+    model = make_sb3(env_id, num_envs, True, 1, options)
+    set_up = time.perf_counter() - set_up
+    stopwatch = Stopwatch()
+    laps = Laps(stopwatch, iterations)
+
+    class Note(BaseCallback):
+        def _on_step(self) -> bool:
+            return len(laps.laps) < iterations + WARM_UP
+
+        def _on_rollout_start(self) -> None:
+            if self.n_calls:
+                laps.lap()
+
+    stopwatch.time("environment", model.env, "step_wait")
+    stopwatch.time("acting", model.policy, "forward")
+    stopwatch.time("gradient_steps", model, "train")
+    model.learn(10**9, callback=Note())
+    return laps.result(num_envs * num_steps) | {"import_s": imported - start, "set_up_s": set_up}
+
+
+def measure_environment(setting: str, iterations: int) -> dict[str, float]:
+    """Random actions, drawn before: what no learner can be faster than."""
+    start = time.perf_counter()
+    script = importlib.import_module(SETTINGS[setting][0])
+    imported = time.perf_counter()
+    args = script_args(script, setting)
+    envs = script.make_envs(args)
+    envs.reset(seed=1)
+    set_up = time.perf_counter() - imported
+    actions = [envs.action_space.sample() for _ in range(args.num_steps)]
+    stopwatch = Stopwatch()
+    stopwatch.time("environment", envs, "step")
+    laps = Laps(stopwatch, iterations)
+    is_done = False
+    while not is_done:
+        for action in actions:
+            envs.step(action)
+        is_done = laps.lap()
+    steps = args.num_envs * args.num_steps
+    return laps.result(steps) | {"import_s": imported - start, "set_up_s": set_up}
+
+
+def measure_gradient_step(minibatch_size: int, seconds: float = 2.0) -> dict[str, float]:
+    """Microseconds of a gradient step on Pendulum, and of its matrix products in NumPy."""
+    import numpy as np
+    import torch
+
+    script = importlib.import_module("ppo_continuous")
+    torch.set_num_threads(1)
+    args = script.Args(num_minibatches=4096 // minibatch_size)
+    envs = script.make_envs(args)
+    agent = script.Agent(envs.single_observation_space, envs.single_action_space, args)
+    optimizer = script.Adam(agent, args.learning_rate)
+    n = minibatch_size
+    columns = (torch.randn(n, 3), torch.randn(n, 1), *(torch.randn(n) for _ in range(4)))
+    mb = script.Batch(*columns, torch.full((n,), 1 / n))
+
+    obs, rng = np.random.randn(n, 3).astype(np.float32), np.random.default_rng(0)
+    weights = [rng.standard_normal(shape, np.float32) / 8 for shape in ((3, 64), (64, 64), (64, 1))]
+
+    def floor():
+        for _ in range(2):  # actor and critic
+            x, inputs = obs, []
+            for i, w in enumerate(weights):
+                inputs.append(x)
+                x = x @ w
+                if i < 2:
+                    x = np.tanh(x)
+            gradient = x
+            for i in (2, 1, 0):
+                inputs[i].T @ gradient  # of the weights
+                if i:
+                    gradient = (gradient @ weights[i].T) * (1 - inputs[i] ** 2)
+
+    def median_us(function) -> float:
+        for _ in range(10):
+            function()
+        end, times = time.perf_counter() + seconds, []
+        while time.perf_counter() < end:
+            start = time.perf_counter()
+            function()
+            times.append(time.perf_counter() - start)
+        return 1e6 * statistics.median(times)
+
+    compute = script.compile_gradient(agent, args)
+    result = {"numpy_floor_us": median_us(floor)}
+    result["eager_us"] = median_us(lambda: script.gradient_step(agent, optimizer, mb, args))
+    compiled = median_us(lambda: script.gradient_step(agent, optimizer, mb, args, compute))
+    return result | {"compiled_us": compiled}
+
+
+def solve_ours(env_id: str, seed: int) -> dict[str, float]:
+    name, mark, _, _, _ = SOLVE[env_id]
+    script = importlib.import_module(name)
+    signals, returns, clock, log, collect = [], [], [], script.log, script.collect
+
+    def log_and_note(writer, run, episodes, scalars):
+        log(writer, run, episodes, scalars)
+        returns.extend(value for _, value, _ in episodes)
+        if len(returns) >= 20 and sum(returns[-20:]) / 20 >= mark:
+            signals.append(0)
+
+    def collect_and_note(*args):
+        clock.append(time.perf_counter())
+        return collect(*args)
+
+    script.log, script.collect = log_and_note, collect_and_note
+    run_dir = os.path.join(tempfile.mkdtemp(), "run")
+    result = script.train(script.Args(env_id=env_id, seed=seed, run_dir=run_dir), signals)
+    seconds = time.perf_counter() - clock[0]
+    return {"seconds": seconds, "steps": result["global_step"], "solved": bool(signals)}
+
+
+def solve_sb3(env_id: str, seed: int) -> dict[str, float]:
+    from stable_baselines3.common.callbacks import BaseCallback
+
+    _, mark, num_envs, total_timesteps, options = SOLVE[env_id]
+    model, returns, solved = make_sb3(env_id, num_envs, False, seed, options), [], []
+
+    class Note(BaseCallback):
+        def _on_step(self) -> bool:
+            returns.extend(
+                info["episode"]["r"] for info in self.locals["infos"] if "episode" in info
+            )
+            if len(returns) >= 20 and sum(returns[-20:]) / 20 >= mark:
+                solved.append(True)
+            return not solved
+
+    start = time.perf_counter()
+    model.learn(total_timesteps, callback=Note())
+    seconds = time.perf_counter() - start
+    return {"seconds": seconds, "steps": model.num_timesteps, "solved": bool(solved)}
+
+
+def measure_memory(env_id: str, early: int = 50_000, late: int = 1_000_000) -> dict[str, float]:
+    """Resident memory after so many steps, in MiB."""
+    script = importlib.import_module(SOLVE[env_id][0])
+    resident, show = {}, script.show
+
+    def show_and_note(run, *args):
+        show(run, *args)
+        for steps in (early, late):
+            if run.global_step >= steps and steps not in resident:
+                pages = int(Path("/proc/self/statm").read_text().split()[1])
+                resident[steps] = pages * resource.getpagesize() / 2**20
+
+    script.show = show_and_note
+    run_dir = os.path.join(tempfile.mkdtemp(), "run")
+    script.train(script.Args(env_id=env_id, total_timesteps=late, run_dir=run_dir))
+    growth = resident[late] / resident[early] - 1
+    return {"early_mb": resident[early], "late_mb": resident[late], "growth": growth}
+
+
+MEASURE = {
+    "ours": measure_ours,
+    "ours --compile": partial(measure_ours, compiled=True),
+    "stable-baselines3": measure_sb3,
+    "environment": measure_environment,
+    "gradient_step": measure_gradient_step,
+    "memory": measure_memory,
+    "solve ours": solve_ours,
+    "solve stable-baselines3": solve_sb3,
+}
+
+
+def measure(what: str, *given) -> dict[str, float]:
+    """One measurement, in a process of its own."""
+    command = [sys.executable, __file__, "--worker", json.dumps([what, *given])]
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environ = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    with tempfile.TemporaryDirectory() as cache:  # of compiled code: each process compiles anew
+        environ["TORCHINDUCTOR_CACHE_DIR"] = cache
+        process = subprocess.run(command, env=environ, capture_output=True, text=True)
+    if process.returncode:
+        sys.exit(process.stderr)
+    return json.loads(process.stdout.splitlines()[-1])
+
+
+def work(what: str, *given) -> None:
+    result = MEASURE[what](*given)
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(json.dumps(result | {"peak_memory_mb": kilobytes / 1024}))
+
+
+def machine() -> dict[str, str]:
+    versions = {name: importlib.import_module(name).__version__ for name in ("torch", "gymnasium")}
+    versions |= {name: importlib.import_module(name).__version__ for name in ("numpy",)}
+    versions["stable_baselines3"] = importlib.import_module("stable_baselines3").__version__
+    return {
+        "date": date.today().isoformat(),
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
+        "python": platform.python_version(),
+    } | versions
+
+
+def write(name: str, rows: list[dict]) -> None:
+    RESULTS.mkdir(exist_ok=True)
+    described = [row | machine() for row in rows]
+    with open(RESULTS / name, "w", newline="") as file:
+        writer = csv.DictWriter(file, described[0].keys(), restval="")
+        writer.writeheader()
+        for row in described:
+            values = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()}
+            writer.writerow(values)
+    print(f"wrote {(RESULTS / name).relative_to(ROOT)}")
+
+
+def medians(results: list[dict]) -> dict[str, float]:
+    return {key: statistics.median(result[key] for result in results) for key in results[0]}
+
+
+def steady(repetitions: int, iterations: int) -> None:
+    rows = []
+    for setting in SETTINGS:
+        results = {contender: [] for contender in CONTENDERS}
+        for _ in range(repetitions):
+            for contender in CONTENDERS:
+                results[contender].append(measure(contender, setting, iterations))
+        base = medians(results["stable-baselines3"])["steps_per_second"]
+        for contender in CONTENDERS:
+            row = dict.fromkeys(SPLIT, "")
+            row |= medians(results[contender])
+            row["ratio"] = row["steps_per_second"] / base
+            rows.append({"setting": setting, "contender": contender, "n": repetitions} | row)
+            speed, ratio = row["steps_per_second"], row["ratio"]
+            print(f"{setting:28} {contender:18} {speed:9,.0f} steps/s  {ratio:5.2f} x", flush=True)
+            parts = " ".join(f"{name} {row[name]:.0%}" for name in SPLIT if row[name] != "")
+            print(f"{'':28} {parts}", flush=True)
+    write("speed.csv", rows)
+
+
+def gradient(repetitions: int) -> None:
+    rows = []
+    for size in (64, 256):
+        row = medians([measure("gradient_step", size) for _ in range(repetitions)])
+        row["floors"] = row["compiled_us"] / row["numpy_floor_us"]
+        rows.append({"minibatch": size, "n": repetitions} | row)
+        times = "eager {eager_us:.0f}, compiled {compiled_us:.0f}, NumPy {numpy_floor_us:.0f}"
+        ratio = f"compiled is {row['floors']:.2f} x NumPy"
+        print(f"gradient step, {size}: {times.format(**row)} us; {ratio}", flush=True)
+    write("gradient_step.csv", rows)
+
+
+def memory() -> None:
+    rows = []
+    for env_id in SOLVE:
+        rows.append({"environment": env_id} | measure("memory", env_id))
+        print("{environment:16} {early_mb:.0f} MiB, later {late_mb:.0f}".format(**rows[-1]))
+    write("memory.csv", rows)
+
+
+def solve() -> None:
+    rows = []
+    for env_id in SOLVE:
+        for seed in (1, 2, 3):
+            for contender in ("ours", "stable-baselines3"):
+                row = measure(f"solve {contender}", env_id, seed)
+                rows.append({"environment": env_id, "contender": contender, "seed": seed} | row)
+                seconds, steps, solved = row["seconds"], row["steps"], row["solved"]
+                how = "" if solved else "  not solved"
+                print(f"{env_id:16} {contender:18} {seconds:6.1f} s {steps:9,}{how}", flush=True)
+    write("solve.csv", rows)
+
+
+def read(name: str) -> list[dict[str, str]]:
+    with open(RESULTS / name, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def tables() -> list[str]:
+    """The README's tables, from the CSV files."""
+    speeds = {(row["setting"], row["contender"]): row for row in read("speed.csv")}
+    ours, compiled, peer, bare = CONTENDERS
+
+    def speed(setting: str, contender: str) -> str:
+        row = speeds[setting, contender]
+        ratio = f" ({float(row['ratio']):.2f} x)" if contender in (ours, compiled) else ""
+        return f"{float(row['steps_per_second']):,.0f}{ratio}"
+
+    header = ["environment, num_envs x num_steps, minibatch", "Stable-Baselines3", "ours"]
+    header += ["ours, `--compile`", "environment alone"]
+    order = (peer, ours, compiled, bare)
+    steady = [[setting, *(speed(setting, name) for name in order)] for setting in SETTINGS]
+
+    shares = [
+        [setting, contender, *(f"{float(speeds[setting, contender][name]):.0%}" for name in SPLIT)]
+        for setting in SETTINGS
+        for contender in (ours, compiled)
+    ]
+
+    solved = []
+    for env_id in SOLVE:
+        cells, seconds = [], {}
+        for contender in (peer, ours):
+            rows = [r for r in read("solve.csv") if r["environment"] == env_id]
+            rows = [r for r in rows if r["contender"] == contender]
+            seconds[contender] = statistics.median(float(r["seconds"]) for r in rows)
+            times = ", ".join(f"{float(r['seconds']):.1f}" for r in rows)
+            misses = sum(r["solved"] == "False" for r in rows)
+            cells.append(times + (f" ({misses} of {len(rows)} never)" if misses else ""))
+        solved.append([f"{env_id} ({SOLVE[env_id][1]})", *cells])
+        solved[-1].append(f"{seconds[peer] / seconds[ours]:.1f} x")
+    names = ["environment (mark)", "Stable-Baselines3, Zoo's settings: s", "ours: s", "ratio"]
+    return [
+        markdown(header, steady),
+        markdown(["setting", "", *(name.replace("_", " ") for name in SPLIT)], shares),
+        markdown(names, solved),
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--parts", nargs="+", default=["steady", "gradient"])
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--iterations", type=int, default=20, help="measured, after 3 to warm up")
+    options = parser.parse_args()
+    if options.parts == ["tables"]:
+        return print("\n".join(tables()))
+    if options.worker:
+        return work(*json.loads(options.worker))
+    if "steady" in options.parts:
+        steady(options.repetitions, options.iterations)
+    if "gradient" in options.parts:
+        gradient(options.repetitions)
+    if "memory" in options.parts:
+        memory()
+    if "solve" in options.parts:
+        solve()
+
+
+if __name__ == "__main__":
+    main()
