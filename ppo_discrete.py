@@ -55,7 +55,7 @@ class Args:
     seed: int = 1  # the same seed gives the same run, to the bit on one CPU
     torch_deterministic: bool = True  # let cuDNN use deterministic algorithms only
     cuda: bool = True  # use a GPU where there is one
-    compile: bool = False  # compile the gradient step: takes 12 s, pays from about 600k steps on
+    compile: bool = False  # compile the gradient: pays from about 600k steps on
     run_dir: str | None = None  # folder of the run (default: a new one under runs/)
     checkpoint_interval: float = 5.0  # seconds of training between checkpoints, at least
     resume: str | None = None  # go on with this run, its folder or one of its checkpoints
@@ -219,7 +219,7 @@ class Agent(nn.Module):
         return ((obs - self.obs_stats.mean) / deviation).clamp(-10, 10).float()
 
     def get_action(self, x: Tensor, greedy: bool = False) -> Tensor:
-        """Actions of π(·|s), the softmax of the logits: samples, or its mode."""
+        """Actions of π(·|s), the softmax of the logits: samples or the mode, [...], int64."""
         logits = self.actor(x)
         # the largest of logits with Gumbel noise is a sample (Gumbel 1954)
         gumbel = -torch.empty_like(logits).exponential_().log()
@@ -303,7 +303,7 @@ class Batch(NamedTuple):
     advantages: Tensor  # [n]
     returns: Tensor  # [n], what V should have said: advantages + values
     values: Tensor  # [n], V(s) at the start of the epoch
-    weights: Tensor  # [n], in a minibatch weights @ x is the mean of x over the real rows
+    weights: Tensor  # [n], in a minibatch weights @ v is the mean of v over the real rows
 
 
 def ppo_loss(logprobs, entropies, values, mb: Batch, args: Args) -> tuple[Tensor, dict]:
@@ -521,9 +521,10 @@ def compile_gradient(agent: Agent, args: Args):
         mb = Batch(x, agent.get_action(x), *x.new_zeros(5, rows))
     try:
         compiled(agent, mb, args)
-    except Exception as error:  # compilers fail in many ways
+    except Exception as error:  # compilers fail in many ways, and at length
         need = "a C++ compiler and Python's headers (apt install g++ python3-dev; xcode-select"
-        raise UsageError(f"--compile needs {need} --install): {error}") from None
+        reason = str(error).partition("\n")[0]
+        raise UsageError(f"--compile needs {need} --install): {reason}") from None
     return compiled
 
 
@@ -546,7 +547,11 @@ def explained_variance(batch: Batch) -> float:
 
 @torch.no_grad()
 def diagnose(agent: Agent, batch: Batch, args: Args) -> dict[str, Tensor]:
-    """How far the policy has moved from the one that collected the batch, and how V fits it."""
+    """How far the policy has moved from the one that collected the batch, and how V fits it.
+
+    Returns:
+        Scalars by CleanRL's names: means over the real rows, the losses as in a minibatch.
+    """
     (mb,) = minibatches(batch, replace(args, num_minibatches=1))
     _, logprobs, entropies, values = agent.get_action_and_value(mb.x, mb.actions)
     _, metrics = ppo_loss(logprobs, entropies, values, mb, args)
@@ -559,7 +564,7 @@ def diagnose(agent: Agent, batch: Batch, args: Args) -> dict[str, Tensor]:
 
 
 def update(
-    agent: Agent, optimizer, rollout: Rollout, args: Args, gradient=gradient
+    agent: Agent, optimizer: Adam, rollout: Rollout, args: Args, gradient=gradient
 ) -> dict[str, float]:
     """Improve the policy and the value function: epochs x minibatches of gradient steps.
 
@@ -647,7 +652,7 @@ class Progress:
         return self.global_step >= args.total_timesteps or self.mean_return >= args.target_return
 
 
-def save(path: str, args: Args, agent: Agent, optimizer, run: Progress) -> None:
+def save(path: str, args: Args, agent: Agent, optimizer: Adam, run: Progress) -> None:
     """Write a checkpoint; whenever this is killed, the file is whole, the old one or the new one.
 
     It holds tensors and plain values only, so that it can be loaded without running code of it.
@@ -683,9 +688,9 @@ def load(path: str) -> dict:
     data = io.BytesIO()
     with contextlib.suppress(Exception):  # damage has many names
         # torch.load compares no checksums; zipfile does, and leaves damage of the headers behind
-        with zipfile.ZipFile(path) as archive, zipfile.ZipFile(data, "w") as copy:
+        with zipfile.ZipFile(path) as archive, zipfile.ZipFile(data, "w") as clean:
             for name in set(archive.namelist()):
-                copy.writestr(name, archive.read(name))
+                clean.writestr(name, archive.read(name))
         data.seek(0)
         checkpoint = torch.load(data, map_location="cpu", weights_only=True)
         if {"args", "shape", "agent", "optimizer", "progress"} <= checkpoint.keys():
@@ -916,12 +921,13 @@ def main() -> None:
         # TensorBoard's thread: its OSErrors reach the main thread anyway
         threading.excepthook = lambda e: e.exc_type is OSError or threading.__excepthook__(e)
         train(args, signals)
-    except (UsageError, FloatingPointError, OSError) as error:
-        clear = "\r\033[K" if sys.stderr.isatty() else ""  # the line about the progress
-        print(f"{clear}error:", *str(error).split(), file=sys.stderr)
-        sys.exit(2 if isinstance(error, UsageError) else 1)
-    except Exception:  # a compiler or ffmpeg that got the Ctrl-C too fails
-        if not signals:
+    except Exception as error:
+        is_usage = isinstance(error, UsageError) and not signals
+        if is_usage or isinstance(error, (FloatingPointError, OSError)):
+            clear = "\r\033[K" if sys.stderr.isatty() else ""  # the line about the progress
+            print(f"{clear}error:", *str(error).split(), file=sys.stderr)
+            sys.exit(2 if is_usage else 1)
+        if not signals:  # with one, it is the compiler, which got the Ctrl-C too
             raise
     if signals:
         sys.exit(128 + signals[0])

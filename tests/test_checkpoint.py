@@ -662,16 +662,21 @@ import {script}
 
 
 def test_what_fails_with_a_signal_is_no_failure_of_the_run(script, monkeypatch, capsys):
-    """The terminal's Ctrl-C also reaches a compiler or ffmpeg, which then fails."""
+    """The terminal's Ctrl-C also reaches the compiler, which then fails."""
 
     def fail(args, signals):
         signals += [signal.SIGINT] * is_stopped
-        raise RuntimeError("the compiler was killed")
+        raise errors.pop(0)
 
     monkeypatch.setattr(script, "train", fail)
+    errors = [RuntimeError("the compiler was killed"), script.UsageError("no compiler")]
+    errors += [OSError("the disk is full"), RuntimeError("a bug")]
     is_stopped = True
-    assert main(script, [], monkeypatch) == 130
-    assert capsys.readouterr().err == ""
+    for _ in range(2):
+        assert main(script, [], monkeypatch) == 130
+        assert capsys.readouterr().err == ""
+    assert main(script, [], monkeypatch) == 1  # the last checkpoint could not be written
+    assert capsys.readouterr().err == "error: the disk is full\n"
     is_stopped = False
     with pytest.raises(RuntimeError):
         main(script, [], monkeypatch)

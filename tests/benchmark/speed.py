@@ -7,7 +7,8 @@
 
 Each measurement is a process of its own with one thread. The contenders take turns in every
 repetition, so that the drift of the machine hits all alike, and medians over the repetitions are
-compared. Results go to tests/benchmark/results/*.csv.
+compared. Results go to tests/benchmark/results/*.csv; set_up_s there is the time from the import
+to the first step, with --compile that of compiling, from an empty cache.
 """
 
 import argparse
@@ -498,9 +499,12 @@ def tables() -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--worker", help=argparse.SUPPRESS)
-    parser.add_argument("--parts", nargs="+", default=["steady", "gradient"])
+    parts = ["steady", "gradient", "memory", "solve", "tables"]
+    parser.add_argument("--parts", nargs="+", default=["steady", "gradient"], choices=parts)
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--iterations", type=int, default=20, help="measured, after 3 to warm up")
     options = parser.parse_args()
