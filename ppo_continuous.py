@@ -13,6 +13,7 @@
     python ppo_continuous.py                                # solve Pendulum-v1
     python ppo_continuous.py --env-id BipedalWalker-v3 --total-timesteps 1000000
     python ppo_continuous.py --evaluate runs/... --render   # watch what a run has learned
+    torchrun --nproc-per-node 4 ppo_continuous.py           # learn with four processes
     tensorboard --logdir runs                               # watch the learning curves
 
 The algorithm: Schulman et al. 2017, arXiv:1707.06347 ("the paper" below). Its advantages (GAE):
@@ -21,6 +22,7 @@ matters in practice: Huang et al. 2022, "The 37 Implementation Details of Proxim
 Optimization"; Andrychowicz et al. 2021, arXiv:2006.05990.
 """
 
+import atexit
 import contextlib
 import copy
 import io
@@ -34,6 +36,7 @@ import threading
 import time
 import warnings
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timedelta
@@ -43,6 +46,7 @@ from typing import Literal, NamedTuple
 import gymnasium as gym
 import numpy as np
 import torch
+import torch.distributed as dist
 import tyro
 from torch import Tensor, nn
 from torch.optim.adam import adam
@@ -68,7 +72,7 @@ class Args:
     env_id: str = "Pendulum-v1"  # Gymnasium id, or my_module:MyEnv-v0 for one of your own
     total_timesteps: int = 500_000  # environment steps to learn from, over all environments
     target_return: float = math.inf  # end training once the last 100 episodes reach this mean
-    num_envs: int = 16  # environments stepped side by side
+    num_envs: int = 16  # environments stepped side by side, in each process of torchrun
     num_steps: int = 256  # steps of each environment per iteration
     vectorization_mode: Literal["auto", "sync", "async"] = "auto"  # auto: native, else sync
 
@@ -92,6 +96,10 @@ class Args:
     target_kl: float | None = None  # end an iteration's epochs once KL(old, new) exceeds this
 
 
+RANK = int(os.environ.get("RANK", 0))  # number of this process among those of torchrun
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # and among those on this machine
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # how many processes there are
+LOCAL_WORLD_SIZE = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # and how many on this machine
 HOW_TO_RUN = {"run_dir", "resume", "auto_resume", "evaluate", "render"}  # not in a checkpoint
 
 
@@ -144,9 +152,28 @@ def derive_seed(*key: int) -> int:
     """One 32-bit seed per key of non-negative integers; those of different keys are unrelated.
 
     Gymnasium seeds environment i with `seed + i`, so that seeds 1 and 2 would share most of their
-    environments' streams. Keys of this file: (seed, stream, index).
+    environments' streams. Keys of this file: (seed, stream, index, rank).
     """
     return int(np.random.SeedSequence(key).generate_state(1)[0])
+
+
+def moments(data: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum of the weights, weighted mean and variance of the data of all processes.
+
+    Args:
+        data: [n, ...]; each column [n] has moments of its own.
+        weights: what expands to that.
+
+    Returns:
+        float64, [...]. Sums of squares serve: float64 rounds far below the precision of the data,
+        which are float32.
+    """
+    data = data.double()
+    weights = weights.double().expand_as(data)
+    sums = [column.sum(0) for column in (weights, weights * data, weights * data.square())]
+    count, mean, square = total(torch.stack(sums))
+    mean, square = mean / count.clamp(min=1), square / count.clamp(min=1)
+    return count, mean, (square - mean.square()).clamp(min=0)
 
 
 class RunningMoments(nn.Module):
@@ -159,15 +186,13 @@ class RunningMoments(nn.Module):
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
 
     def update(self, data: Tensor) -> None:
-        """Merge in data of shape [n, *shape] (Chan et al. 1979, parallel variance)."""
-        if len(data) == 0:
-            return
-        var, mean = torch.var_mean(data.double(), dim=0, correction=0)
-        share = len(data) / (self.count + len(data))  # of the new data in the whole
+        """Merge in data of shape [n, *shape], of each process (Chan et al. 1979)."""
+        count, mean, var = moments(data, data.new_ones(()))
+        self.count += count.max()  # the same for each column
+        share = count / self.count.clamp(min=1)  # of the new data in the whole
         delta = mean - self.mean
         self.mean += share * delta
         self.var += share * (var - self.var) + share * (1 - share) * delta**2
-        self.count += len(data)
 
 
 def layer_init(layer: nn.Linear, std: float = math.sqrt(2)) -> nn.Linear:
@@ -440,12 +465,14 @@ def collect(envs, agent: Agent, state: tuple, global_step: int, args: Args) -> t
 
     Returns:
         The `Rollout`, the state after it, and (global step, return, length) of each episode that
-        ended in it. Each step of each environment has a number of its own.
+        ended in it. Each step of each environment has a number of its own, those of several
+        processes in turn.
 
     Raises:
         FloatingPointError: an observation or a reward is not finite.
     """
     obs, resets, discounted = state
+    global_step += RANK + 1 - WORLD_SIZE  # of the process's latest step
     rows, episodes = [], []
     for _ in range(args.num_steps):
         action = agent.act(obs)
@@ -454,7 +481,7 @@ def collect(envs, agent: Agent, state: tuple, global_step: int, args: Args) -> t
         discounted = args.gamma * discounted * ~resets + reward
         rows.append((obs, action, reward, terminated.copy(), resets, discounted))
 
-        steps = global_step + np.cumsum(~resets)
+        steps = global_step + np.cumsum(~resets) * WORLD_SIZE
         obs, resets, global_step = flat(next_obs), terminated | truncated, int(steps[-1])
         for name, value in (("an observation", obs), ("a reward", reward)):
             if not np.isfinite(value).all():
@@ -491,18 +518,18 @@ def prepare(rollout: Rollout, agent: Agent, args: Args) -> Batch:
 def minibatches(batch: Batch, args: Args):
     """Shuffle all rows into equal minibatches, and normalise the advantages of each.
 
-    Their number and size do not depend on the data; a minibatch of nothing but reset rows is
+    A minibatch is that of all processes together, each of which holds an equal part of it. Their
+    number and size do not depend on the data; a minibatch of nothing but reset rows is
     left out, since even a gradient of 0 moves parameters, by Adam's momentum.
     """
     order = torch.randperm(len(batch.weights)).to(batch.weights.device)
     # each column: [num_minibatches, minibatch_size, ...]
     mbs = Batch(*(column[order].unflatten(0, (args.num_minibatches, -1)) for column in batch))
-    counts = mbs.weights.sum(1, keepdim=True)
-    weights, advantages = mbs.weights / counts.clamp(min=1), mbs.advantages
+    columns = moments(mbs.advantages.T, mbs.weights.T)
+    counts, means, variances = (column.unsqueeze(1) for column in columns)
+    weights, advantages = (mbs.weights / counts.clamp(min=1)).float(), mbs.advantages
     if args.norm_adv:
-        centered = advantages - (weights * advantages).sum(1, keepdim=True)
-        deviation = (weights * centered.square()).sum(1, keepdim=True).sqrt()
-        advantages = centered / (deviation + 1e-8)
+        advantages = ((advantages - means) / (variances.sqrt() + 1e-8)).float()
     mbs = mbs._replace(weights=weights, advantages=advantages)
     return [Batch(*mb) for n, *mb in zip(counts.flatten().tolist(), *mbs, strict=True) if n]
 
@@ -540,7 +567,7 @@ def gradient_step(
     agent: Agent, optimizer: Adam, mb: Batch, args: Args, gradient=gradient
 ) -> Tensor:
     """Descend the loss of one minibatch; returns the norm of its gradient before clipping."""
-    vector = gradient(agent, mb, args)
+    vector = total(gradient(agent, mb, args))
     norm = vector.norm()
     optimizer.step(vector * (args.max_grad_norm / (norm + 1e-6)).clamp(max=1))
     return norm
@@ -548,9 +575,9 @@ def gradient_step(
 
 def explained_variance(batch: Batch) -> float:
     """Share of the returns' variance that V foresaw: 1 is all of it, 0 is none."""
-    is_real = batch.weights > 0
-    errors, returns = (batch.returns - batch.values)[is_real], batch.returns[is_real]
-    return float(1 - errors.var(correction=0) / returns.var(correction=0).clamp(min=1e-8))
+    errors_and_returns = torch.stack([batch.returns - batch.values, batch.returns], -1)
+    _, _, variances = moments(errors_and_returns, batch.weights.unsqueeze(-1))
+    return float(1 - variances[0] / variances[1].clamp(min=1e-8))
 
 
 @torch.no_grad()
@@ -568,7 +595,7 @@ def diagnose(agent: Agent, batch: Batch, args: Args) -> dict[str, Tensor]:
     metrics["old_approx_kl"] = mb.weights @ -logratios
     metrics["approx_kl"] = mb.weights @ (ratios - 1 - logratios)  # joschu.net/blog/kl-approx.html
     metrics["clipfrac"] = mb.weights @ ((ratios - 1).abs() > args.clip_coef).to(ratios)
-    return metrics
+    return dict(zip(metrics, total(torch.stack([*metrics.values()])), strict=True))
 
 
 def update(
@@ -638,6 +665,80 @@ def evaluate(agent: Agent, args: Args, video_dir: str, signals: Sequence[int]) -
         mean, std = np.mean(returns), np.std(returns)
         print(f"greedy return over {len(returns)} episodes: {mean:.1f} ± {std:.1f}")
     return returns
+
+
+def connect() -> None:
+    """Join the other processes that torchrun started; NCCL serves tensors on GPUs, gloo others."""
+    # gloo's threads spin while they wait; with this, they do not interrupt what they wait for
+    with contextlib.suppress(AttributeError, OSError):
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    store, _, _ = next(dist.rendezvous("env://"))
+    if WORLD_SIZE == LOCAL_WORLD_SIZE:
+        # after a restart (torchrun --max-restarts), addresses of before may still be in the store
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), store)
+    options = dict(store=store, rank=RANK, world_size=WORLD_SIZE, timeout=timedelta(minutes=10))
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, **options)
+    atexit.register(dist.destroy_process_group)  # without it, gloo may abort a process at its end
+    # once one process has ended, torchrun sends SIGTERM: this one is to keep its own exit code
+    atexit.register(signal.signal, signal.SIGTERM, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def connected() -> Iterator[None]:
+    """Around what waits for the other processes.
+
+    Raises:
+        ConnectionError: one of them has ended, or let the others wait for ten minutes.
+    """
+    try:
+        if not dist.is_initialized():
+            connect()
+        yield
+    except RuntimeError as error:
+        lost = f"process {RANK} of {WORLD_SIZE} has lost another, or never reached it"
+        hint = "--resume goes on from the last checkpoint, if there is one"
+        raise ConnectionError(f"{lost} ({hint}): {str(error).splitlines()[0]}") from None
+
+
+def total(data: Tensor) -> Tensor:
+    """The sum of the tensors of all processes, in place of them."""
+    if WORLD_SIZE > 1:
+        with connected():
+            work = dist.all_reduce(data, async_op=True)
+            if data.device.type == "cpu" and hasattr(os, "sched_yield"):
+                while not work.is_completed():  # to sleep and be woken takes longer than the sum
+                    os.sched_yield()
+            work.wait()
+    return data
+
+
+def gather(item) -> list:
+    """The items of all processes, by rank."""
+    items = [item] * WORLD_SIZE
+    if WORLD_SIZE > 1:
+        with connected():
+            dist.all_gather_object(items, item)
+    return items
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """What fails in one process fails in all, so that none waits for one that has stopped."""
+    failure = None
+    try:
+        yield
+    except (SystemExit, UsageError, FloatingPointError, OSError) as error:
+        failure = error
+    for error in filter(None, gather(failure)):
+        raise error
+
+
+def in_first(function, *args):
+    """What the function returns or raises in the first process, in all of them."""
+    with together():
+        result = function(*args) if RANK == 0 else None
+    return gather(result)[0]
 
 
 @dataclass
@@ -735,7 +836,12 @@ def begin(envs: gym.vector.VectorEnv, args: Args, checkpoint: dict | None) -> tu
         UsageError: the options do not fit the checkpoint.
     """
     torch.manual_seed(derive_seed(args.seed, PARAMETERS))
-    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    gpus = torch.cuda.device_count() if args.cuda and torch.cuda.is_available() else 0
+    few = f"process {LOCAL_RANK} has no GPU: use --nproc-per-node {gpus}, or --no-cuda"
+    require(gpus == 0 or LOCAL_RANK < gpus, few)
+    device = torch.device("cuda", LOCAL_RANK) if gpus else torch.device("cpu")
+    if gpus:
+        torch.cuda.set_device(device)  # where NCCL looks
     agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(device)
     optimizer = Adam(agent, args.learning_rate)
     if checkpoint is None:
@@ -779,10 +885,10 @@ def log(writer: SummaryWriter, run: Progress, episodes: list, scalars: dict) -> 
 
 def show(run: Progress, args: Args, is_due: bool, is_done: bool) -> None:
     """Print how far the run is: on a terminal always, elsewhere when it is due."""
-    total, speed = args.total_timesteps, run.global_step / run.seconds
+    goal, speed = args.total_timesteps, run.global_step / run.seconds
     mean = f"{np.mean(run.window):.1f}" if run.window else "-"
-    left = timedelta(seconds=max(0, total - run.global_step) // speed)
-    line = f"{min(1, run.global_step / total):4.0%}  {run.global_step:,} steps  return {mean}"
+    left = timedelta(seconds=max(0, goal - run.global_step) // speed)
+    line = f"{min(1, run.global_step / goal):4.0%}  {run.global_step:,} steps  return {mean}"
     line = f"{line}  {speed:,.0f} steps/s  {left} left"
     if sys.stdout.isatty():  # rewrite the line in place
         print(f"\r{line}\033[K", end="\n" if is_done else "", flush=True)
@@ -800,57 +906,69 @@ def train(args: Args, signals: Sequence[int] = ()) -> dict:
     Returns:
         agent: the trained `Agent`; global_step: how many steps it learned from; episodes: (step,
         return) of each episode that ended meanwhile; solved_at: the step at which target_return was
-        reached, or None; eval_returns: those of the greedy episodes. With `evaluate`, the first and
-        the last.
+        reached, or None; signals: those that ended it, of any process; eval_returns: those of the
+        greedy episodes, in the first process. With `evaluate`, the first and the last.
 
     Raises:
         UsageError: an option is wrong; nothing was written.
+        ConnectionError: another process has ended.
         FloatingPointError: an observation, a reward or the loss became NaN or infinite.
         OSError: the folder of the run cannot be written.
     """
-    validate(args)
+    in_first(validate, args)
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # small networks gain little from more
     torch.backends.cudnn.deterministic = args.torch_deterministic
-    path = find_checkpoint(args)
-    checkpoint = None if path is None else load(path)
+    path = in_first(find_checkpoint, args)
+    checkpoint = None if path is None else in_first(load, path)
     if args.evaluate is not None:
         args = replace(args, num_envs=1)
-    if args.capture_video or args.render:  # fail now rather than after training
-        make_envs(args, render_mode="rgb_array" if args.capture_video else "human").close()
-    with closing(make_envs(args)) as envs, contextlib.ExitStack() as stack:
-        agent, optimizer, run = begin(envs, args, checkpoint)
-        device, is_training = agent.obs_stats.mean.device, args.evaluate is None
-        compute = compile_gradient(agent, args) if args.compile and is_training else gradient
-        run_dir = make_run_dir(args) if path is None else os.path.dirname(path) or "."
+    with contextlib.ExitStack() as stack:
+        with together():
+            if RANK == 0 and (args.capture_video or args.render):  # fail now, not after training
+                make_envs(args, render_mode="rgb_array" if args.capture_video else "human").close()
+            envs = stack.enter_context(closing(make_envs(args)))
+            agent, optimizer, run = begin(envs, args, checkpoint)
+            device, is_training = agent.obs_stats.mean.device, args.evaluate is None
+            compute = compile_gradient(agent, args) if args.compile and is_training else gradient
+        run_dir = in_first(make_run_dir, args) if path is None else os.path.dirname(path) or "."
         if not is_training:
-            returns = evaluate(agent, args, f"{run_dir}/videos/step-{run.global_step}", signals)
+            video_dir = f"{run_dir}/videos/step-{run.global_step}"
+            returns = evaluate(agent, args, video_dir, signals) if RANK == 0 else []
             return {"agent": agent, "eval_returns": returns}
         best = f"{run_dir}/best.pt"
-        if os.path.exists(best):
-            run.best_return = load(best)["progress"]["best_return"]
-        writer = stack.enter_context(make_writer(run_dir, run.global_step + 1, args))
+        with together():
+            if RANK == 0:  # the first process writes and prints for all
+                if os.path.exists(best):
+                    run.best_return = load(best)["progress"]["best_return"]
+                writer = stack.enter_context(make_writer(run_dir, run.global_step + 1, args))
 
-        obs, _ = envs.reset(seed=derive_seed(args.seed, ITERATION, run.iteration))
+        obs, _ = envs.reset(seed=derive_seed(args.seed, ITERATION, run.iteration, RANK))
         state = (flat(obs), np.zeros(args.num_envs, bool), np.zeros(args.num_envs, np.float32))
-        history, saved_at, clock = [], -math.inf, time.perf_counter()
+        history, stops, saved_at, clock = [], [], -math.inf, time.perf_counter()
         is_done = run.is_done(args)
         while not is_done:
-            torch.manual_seed(derive_seed(args.seed, ITERATION, run.iteration))
+            torch.manual_seed(derive_seed(args.seed, ITERATION, run.iteration, RANK))
             remaining = 1 - run.global_step / args.total_timesteps if args.anneal_lr else 1
             optimizer.lr = remaining * args.learning_rate
 
             # environments live on the CPU: so does the policy that acts, to wait for no GPU
             player = agent if device.type == "cpu" else copy.deepcopy(agent).cpu()
-            rollout, state, episodes = collect(envs, player, state, run.global_step, args)
+            with together():
+                rollout, state, episodes = collect(envs, player, state, run.global_step, args)
             rollout = Rollout(*(column.to(device) for column in rollout))
             agent.return_stats.update(rollout.discounted[:-1][rollout.is_real])
             losses = update(agent, optimizer, rollout, args, compute)
             # only now, so that acting and learning have seen the same input
             agent.obs_stats.update(rollout.obs[:-1][rollout.is_real])
 
-            run.global_step += int(rollout.is_real.sum())
+            news = gather((int(rollout.is_real.sum()), episodes, [*signals]))
+            counts, lists, stops = zip(*news, strict=True)
+            run.global_step += sum(counts)
             run.iteration += 1
+            # a process with few reset rows has numbered its steps past those of all
+            episodes = [(min(step, run.global_step), *rest) for step, *rest in sum(lists, [])]
+            episodes.sort(key=lambda episode: episode[0])
             run.window = (run.window + [value for _, value, _ in episodes])[-100:]
             history += [(step, value) for step, value, _ in episodes]
             run.seconds, clock = run.seconds + time.perf_counter() - clock, time.perf_counter()
@@ -859,36 +977,45 @@ def train(args: Args, signals: Sequence[int] = ()) -> dict:
                 raise FloatingPointError(f"{problem}: lower --learning-rate {args.learning_rate}")
             scalars = {f"losses/{name}": value for name, value in losses.items()}
             scalars["charts/learning_rate"] = remaining * args.learning_rate
-            log(writer, run, episodes, scalars)
 
-            is_done = run.is_done(args) or bool(signals)
-            is_due = is_done or run.seconds - saved_at >= args.checkpoint_interval
-            show(run, args, is_due, is_done)
-            if run.mean_return > run.best_return:
-                run.best_return = run.mean_return
-                save(best, args, agent, optimizer, run)
-            if is_due:
-                writer.flush()  # first: no curve is to end before its checkpoint
-                save(f"{run_dir}/checkpoint.pt", args, agent, optimizer, run)
-                saved_at = run.seconds
-            if args.capture_video and run.iteration % 25 == 0:
-                list(play(agent, args, 1, f"{run_dir}/videos/step-{run.global_step}"))
+            is_done = run.is_done(args) or any(stops)
+            with together():
+                if RANK == 0:
+                    log(writer, run, episodes, scalars)
+                    is_due = is_done or run.seconds - saved_at >= args.checkpoint_interval
+                    show(run, args, is_due, is_done)
+                    if run.mean_return > run.best_return:
+                        run.best_return = run.mean_return
+                        save(best, args, agent, optimizer, run)
+                    if is_due:
+                        writer.flush()  # first: no curve is to end before its checkpoint
+                        save(f"{run_dir}/checkpoint.pt", args, agent, optimizer, run)
+                        saved_at = run.seconds
+                    if args.capture_video and run.iteration % 25 == 0:
+                        list(play(agent, args, 1, f"{run_dir}/videos/step-{run.global_step}"))
 
+        if len({*gather(zlib.crc32(optimizer.vector.cpu().numpy()))}) > 1:
+            raise RuntimeError("the processes have learned different parameters: please report it")
         solved_at = run.global_step if run.mean_return >= args.target_return else None
+        result = dict(agent=agent, global_step=run.global_step, episodes=history)
+        stops = [*signals, *sum(stops, [])]
+        result |= dict(solved_at=solved_at, signals=stops, eval_returns=[])
+        if RANK > 0:
+            return result
         if solved_at is not None:
             print(f"solved at step {solved_at:,} after {run.seconds:.0f} s")
-        if signals:
-            command = shlex.join(["python", os.path.relpath(__file__), "--resume", run_dir])
-            print(f"stopped at step {run.global_step:,}; to go on: {command}")
+        if stops:
+            start = "python" if WORLD_SIZE == 1 else "torchrun ..."
+            command = shlex.join([os.path.relpath(__file__), "--resume", run_dir])
+            print(f"stopped at step {run.global_step:,}; to go on: {start} {command}")
         video_dir = f"{run_dir}/videos/step-{run.global_step}"
-        returns = [] if signals else evaluate(agent, args, video_dir, signals)
+        returns = [] if stops else evaluate(agent, args, video_dir, signals)
         if returns and run.evaluated_step < run.global_step:
             writer.add_scalar("eval/episodic_return", np.mean(returns), run.global_step)
             run.evaluated_step = run.global_step
             save(f"{run_dir}/checkpoint.pt", args, agent, optimizer, run)
         print(f"tensorboard --logdir {run_dir}")
-    result = dict(agent=agent, global_step=run.global_step, episodes=history)
-    return result | dict(solved_at=solved_at, eval_returns=returns)
+    return result | dict(eval_returns=returns)
 
 
 def parse_args() -> Args:
@@ -922,18 +1049,21 @@ def main() -> None:
             kill_workers()
             os._exit(128 + number)
 
+    if RANK > 0:
+        warnings.simplefilter("ignore")  # the first process prints them
     try:
-        args = parse_args()
+        args = in_first(parse_args)
         signal.signal(signal.SIGINT, stop)
         signal.signal(signal.SIGTERM, stop)
         # TensorBoard's thread: its OSErrors reach the main thread anyway
         threading.excepthook = lambda e: e.exc_type is OSError or threading.__excepthook__(e)
-        train(args, signals)
+        signals += train(args, signals).get("signals", [])
     except Exception as error:
         is_usage = isinstance(error, UsageError) and not signals
         if is_usage or isinstance(error, (FloatingPointError, OSError)):
             clear = "\r\033[K" if sys.stderr.isatty() else ""  # the line about the progress
-            print(f"{clear}error:", *str(error).split(), file=sys.stderr)
+            if RANK == 0:
+                print(f"{clear}error:", *str(error).split(), file=sys.stderr)
             sys.exit(2 if is_usage else 1)
         if not signals:  # with one, it is the compiler, which got the Ctrl-C too
             raise

@@ -49,6 +49,12 @@ def run(script: str, *options: str, cwd: Path) -> subprocess.CompletedProcess:
     return subprocess.run(command(script, *options), cwd=cwd, capture_output=True, text=True)
 
 
+def children(pid: int) -> list[int]:
+    """The processes that a process has started."""
+    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True)
+    return [int(child) for child in listed.stdout.split()]
+
+
 def curves(run_dir) -> dict[str, list[tuple[int, float]]]:
     """What TensorBoard's own reader finds: (step, value) of each tag."""
     reader = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()

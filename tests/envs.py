@@ -3,6 +3,8 @@
 Each takes `continuous`: with it an action is one number in [-1, 1], without it 0 or 1.
 """
 
+import os
+
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
@@ -195,6 +197,13 @@ class Broken(Tiny):
         return np.full(1, self.obs, np.float32), self.reward, False, False, {}
 
 
+class BrokenInOne(Broken):
+    """`Broken`, but only in the second process of torchrun."""
+
+    def __init__(self, continuous: bool):
+        super().__init__(continuous, obs=np.nan if os.environ.get("RANK") == "1" else 0.0)
+
+
 class Drawn(Tiny):
     """Three steps, each a picture; `modes` has the render mode of each that was made."""
 
@@ -242,6 +251,7 @@ ENVS = {
     "Endless": Endless,
     "Counting": Counting,
     "Seeds": Seeds,
+    "BrokenInOne": BrokenInOne,
     "Drawn": Drawn,
 }
 VECTOR_ENVS = {

@@ -18,7 +18,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, command, curves, main, run
+from conftest import ROOT, children, command, curves, main, run
 from envs import Counting, Drawn
 from tensorboard.summary.writer.record_writer import RecordWriter
 
@@ -639,11 +639,6 @@ def start(script: str, *options: str, cwd, given: list[str] | None = None) -> su
     return process
 
 
-def children(pid: int) -> list[int]:
-    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True)
-    return [int(child) for child in listed.stdout.split()]
-
-
 def has_ended(group: int) -> bool:
     """Whether no process of the group is left, after a moment."""
     for _ in range(100):
@@ -748,6 +743,20 @@ def test_a_signal_ends_the_evaluation_after_training(script, args, monkeypatch):
     monkeypatch.setattr(script.Agent, "act", watch)
     result = script.train(args("Endless", total_timesteps=200, eval_episodes=9, **SMALL), signals)
     assert result["global_step"] >= 200 and result["eval_returns"] == []
+
+
+def test_a_signal_in_the_last_iteration_is_answered(script, args, monkeypatch, capsys):
+    signals, show = [], script.show
+
+    def show_and_stop(run, args, is_due, is_done):
+        show(run, args, is_due, is_done)
+        signals.extend([signal.SIGTERM] * is_done)
+
+    monkeypatch.setattr(script, "show", show_and_stop)
+    options = args("MatchReward", total_timesteps=300, eval_episodes=2, **SMALL)
+    result = script.train(options, signals)
+    assert result["signals"] == [signal.SIGTERM] and result["eval_returns"] == []
+    assert "to go on: python " in capsys.readouterr().out
 
 
 def test_a_run_ends_when_a_worker_died(script, tmp_path):
