@@ -3,6 +3,7 @@
     python tests/benchmark/speed.py                    # steady state and gradient step
     python tests/benchmark/speed.py --repetitions 1 --iterations 8      # a quick look
     python tests/benchmark/speed.py --parts solve memory     # time to solve, 1M steps: 20 minutes
+    python tests/benchmark/speed.py --parts scaling    # one and two processes, on idle cores
     python tests/benchmark/speed.py --parts tables     # the README's tables, from the results
 
 Each measurement is a process of its own with one thread. The contenders take turns in every
@@ -38,6 +39,7 @@ SETTINGS = {
     "LunarLander 16 x 128, 256": ("ppo_discrete", "LunarLander-v3", 16, 128, 256),
     "CartPole 16 x 128, 256": ("ppo_discrete", "CartPole-v1", 16, 128, 256),
 }
+SCALING = {"BipedalWalker 16 x 256, 256": ("ppo_continuous", "BipedalWalker-v3", 16, 256, 256)}
 CONTENDERS = ("ours", "ours --compile", "stable-baselines3", "environment")
 WARM_UP = 3  # iterations that are left out
 # passes: of the networks over all data, for values, log-probabilities and diagnostics
@@ -114,7 +116,7 @@ class Laps:
 
 def script_args(script, setting: str):
     """Options of the script for a setting."""
-    _, env_id, num_envs, num_steps, minibatch_size = SETTINGS[setting]
+    _, env_id, num_envs, num_steps, minibatch_size = (SETTINGS | SCALING)[setting]
     return script.Args(
         env_id=env_id,
         num_envs=num_envs,
@@ -128,7 +130,8 @@ def script_args(script, setting: str):
 
 def measure_ours(setting: str, iterations: int, compiled: bool = False) -> dict[str, float]:
     start = time.perf_counter()
-    script = importlib.import_module(SETTINGS[setting][0])
+    name, _, num_envs, num_steps, _ = (SETTINGS | SCALING)[setting]
+    script = importlib.import_module(name)
     imported = time.perf_counter()
     stopwatch, signals, make_envs, show = Stopwatch(), [], script.make_envs, script.show
     laps = Laps(stopwatch, iterations)
@@ -155,7 +158,9 @@ def measure_ours(setting: str, iterations: int, compiled: bool = False) -> dict[
     stopwatch.time("passes", script.Agent, "get_value")
     stopwatch.time("passes", script.Agent, "get_action_and_value")
     script.train(replace(script_args(script, setting), compile=compiled), signals)
-    steps = SETTINGS[setting][2] * SETTINGS[setting][3]
+    if script.RANK > 0:  # the first process measures
+        return {}
+    steps = script.WORLD_SIZE * num_envs * num_steps
     return laps.result(steps) | {"import_s": imported - start, "set_up_s": laps.begin - imported}
 
 
@@ -348,9 +353,12 @@ MEASURE = {
 }
 
 
-def measure(what: str, *given) -> dict[str, float]:
-    """One measurement, in a process of its own."""
+def measure(what: str, *given, processes: int = 1) -> dict[str, float]:
+    """One measurement, in a process of its own, or in several."""
     command = [sys.executable, __file__, "--worker", json.dumps([what, *given])]
+    if processes > 1:
+        torchrun = ["-m", "torch.distributed.run", "--standalone"]
+        command[1:1] = [*torchrun, f"--nproc-per-node={processes}"]
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     environ = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     with tempfile.TemporaryDirectory() as cache:  # of compiled code: each process compiles anew
@@ -363,6 +371,8 @@ def measure(what: str, *given) -> dict[str, float]:
 
 def work(what: str, *given) -> None:
     result = MEASURE[what](*given)
+    if not result:
+        return
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(json.dumps(result | {"peak_memory_mb": kilobytes / 1024}))
 
@@ -447,6 +457,24 @@ def solve() -> None:
     write("solve.csv", rows)
 
 
+def scaling(repetitions: int, iterations: int) -> None:
+    rows = []
+    for setting in SCALING:
+        results = {1: [], 2: []}
+        for _ in range(repetitions):
+            for processes in results:
+                results[processes].append(measure("ours", setting, iterations, processes=processes))
+        alone = medians(results[1])["steps_per_second"]
+        for processes in results:
+            row = medians(results[processes])
+            row["efficiency"] = row["steps_per_second"] / alone / processes
+            rows.append({"setting": setting, "processes": processes, "n": repetitions} | row)
+            each = [round(result["steps_per_second"]) for result in results[processes]]
+            print(f"{setting}, {processes}: {row['efficiency']:.0%} of {each} steps/s", flush=True)
+            print(" ".join(f"{name} {row[name]:.0%}" for name in SPLIT), flush=True)
+    write("scaling.csv", rows)
+
+
 def read(name: str) -> list[dict[str, str]]:
     with open(RESULTS / name, newline="") as file:
         return list(csv.DictReader(file))
@@ -490,11 +518,22 @@ def tables() -> list[str]:
             cells.append(times + (f" ({misses} of {len(rows)} never)" if misses else ""))
         solved.append([f"{env_id} ({SOLVE[env_id][1]})", *cells])
         solved[-1].append(f"{seconds[peer] / seconds[ours]:.1f} x")
+    scaled = []
+    for row in read("scaling.csv"):
+        speed_and_share = [
+            f"{float(row['steps_per_second']):,.0f}",
+            f"{float(row['efficiency']):.0%}",
+        ]
+        scaled.append([row["setting"], row["processes"], *speed_and_share])
+        scaled[-1] += [f"{float(row[name]):.0%}" for name in SPLIT]
+    scaled_header = ["setting", "processes", "steps/s", "efficiency"]
+    scaled_header += [name.replace("_", " ") for name in SPLIT]
     names = ["environment (mark)", "Stable-Baselines3, Zoo's settings: s", "ours: s", "ratio"]
     return [
         markdown(header, steady),
         markdown(["setting", "", *(name.replace("_", " ") for name in SPLIT)], shares),
         markdown(names, solved),
+        markdown(scaled_header, scaled),
     ]
 
 
@@ -503,7 +542,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--worker", help=argparse.SUPPRESS)
-    parts = ["steady", "gradient", "memory", "solve", "tables"]
+    parts = ["steady", "gradient", "memory", "solve", "scaling", "tables"]
     parser.add_argument("--parts", nargs="+", default=["steady", "gradient"], choices=parts)
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--iterations", type=int, default=20, help="measured, after 3 to warm up")
@@ -520,6 +559,8 @@ def main() -> None:
         memory()
     if "solve" in options.parts:
         solve()
+    if "scaling" in options.parts:
+        scaling(options.repetitions, options.iterations)
 
 
 if __name__ == "__main__":
