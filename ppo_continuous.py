@@ -336,7 +336,7 @@ class Batch(NamedTuple):
     advantages: Tensor  # [n]
     returns: Tensor  # [n], what V should have said: advantages + values
     values: Tensor  # [n], V(s) at the start of the epoch
-    weights: Tensor  # [n], in a minibatch weights @ v is the mean of v over the real rows
+    weights: Tensor  # [n], in a minibatch weights @ v, summed over processes, is the mean of v
 
 
 def ppo_loss(logprobs, entropies, values, mb: Batch, args: Args) -> tuple[Tensor, dict]:
@@ -997,19 +997,19 @@ def train(args: Args, signals: Sequence[int] = ()) -> dict:
         if len({*gather(zlib.crc32(optimizer.vector.cpu().numpy()))}) > 1:
             raise RuntimeError("the processes have learned different parameters: please report it")
         solved_at = run.global_step if run.mean_return >= args.target_return else None
+        stopped_by = [*signals] or sum(stops, [])
         result = dict(agent=agent, global_step=run.global_step, episodes=history)
-        stops = [*signals, *sum(stops, [])]
-        result |= dict(solved_at=solved_at, signals=stops, eval_returns=[])
+        result |= dict(solved_at=solved_at, signals=stopped_by, eval_returns=[])
         if RANK > 0:
             return result
         if solved_at is not None:
             print(f"solved at step {solved_at:,} after {run.seconds:.0f} s")
-        if stops:
+        if stopped_by:
             start = "python" if WORLD_SIZE == 1 else "torchrun ..."
             command = shlex.join([os.path.relpath(__file__), "--resume", run_dir])
             print(f"stopped at step {run.global_step:,}; to go on: {start} {command}")
         video_dir = f"{run_dir}/videos/step-{run.global_step}"
-        returns = [] if stops else evaluate(agent, args, video_dir, signals)
+        returns = [] if stopped_by else evaluate(agent, args, video_dir, signals)
         if returns and run.evaluated_step < run.global_step:
             writer.add_scalar("eval/episodic_return", np.mean(returns), run.global_step)
             run.evaluated_step = run.global_step
