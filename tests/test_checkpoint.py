@@ -734,11 +734,11 @@ def test_a_signal_ends_the_evaluation_after_training(script, args, monkeypatch):
     """The checkpoint is there already; how long the episodes take does not matter."""
     signals, act = [], script.Agent.act
 
-    def watch(agent, obs, greedy=False):
-        if greedy:
+    def watch(agent, obs, noise=script.GREEDY):
+        if noise is script.GREEDY:
             signals.append(signal.SIGTERM)
             assert len(signals) < 3
-        return act(agent, obs, greedy)
+        return act(agent, obs, noise)
 
     monkeypatch.setattr(script.Agent, "act", watch)
     result = script.train(args("Endless", total_timesteps=200, eval_episodes=9, **SMALL), signals)

@@ -389,7 +389,7 @@ def test_the_scripts_are_twins():
     assert list(discrete) == list(continuous)
     differ = {name for name in discrete if discrete[name] != continuous[name]}
     touched_by_actions = {
-        "Args",  # the defaults of env_id and ent_coef
+        "Args",  # the defaults of env_id, noise_color and ent_coef
         "Agent",
         "Agent.__init__",
         "Agent.get_action",

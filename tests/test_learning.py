@@ -22,7 +22,7 @@ def values(agent, *observations: float) -> list[float]:
 
 def greedy(agent, *observations: float) -> list[bool]:
     """Whether the greedy action is the high one."""
-    action = agent.act(np.array(observations, np.float32)[:, None], greedy=True)
+    action = agent.act(np.array(observations, np.float32)[:, None])
     return [np.asarray(a).item() > 0 for a in agent.to_env(action)]
 
 

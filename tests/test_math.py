@@ -259,9 +259,10 @@ def test_log_probability_and_entropy_are_those_of_the_distribution(script):
 def test_actions_are_samples_and_greedy_ones_the_mode(script):
     agent, policy = make_agent(script)
     x, n = torch.randn(1, 4), 200_000
-    samples = agent.get_action(x.expand(n, 4)).float()
-    greedy = agent.get_action(x, greedy=True)
-    assert torch.equal(greedy, policy(x).mode)
+    noise = script.colored_noise((4, n // 4, *agent.actor(x).shape[1:]), 0.5).flatten(0, 1)
+    samples = agent.get_action(x.expand(n, 4), noise).float()
+    assert torch.equal(agent.get_action(x, script.GREEDY), policy(x).mode)
+    assert agent.act(x.numpy()).tolist() == policy(agent.normalize(x)).mode.tolist()
     if "discrete" in script.__name__:
         frequencies = torch.bincount(samples.long()) / n
         torch.testing.assert_close(frequencies, policy(x).probs[0], atol=4e-3, rtol=0)
@@ -274,6 +275,27 @@ def test_actions_are_samples_and_greedy_ones_the_mode(script):
     at = scores[(torch.tensor([0.01, 0.2, 0.5, 0.8, 0.99]) * n).long()]
     torch.testing.assert_close(at, quantiles[:, None].expand(5, 2), atol=3e-2, rtol=0)
     assert abs(torch.corrcoef(samples.T)[0, 1]) < 0.01
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0, 2.0])
+@pytest.mark.parametrize("steps", [1, 2, 101, 256])
+def test_colored_noise_is_standard_normal_with_its_power_spectrum(script, beta, steps):
+    noise = script.colored_noise((steps, 20_000, 2), beta).double()
+    assert noise.shape == (steps, 20_000, 2)
+    some = noise[:: max(1, steps // 4)]  # each step alone
+    torch.testing.assert_close(
+        some.mean((1, 2)), torch.zeros(len(some)).double(), atol=0.03, rtol=0
+    )
+    torch.testing.assert_close(some.var((1, 2)), torch.ones(len(some)).double(), atol=0.04, rtol=0)
+    torch.testing.assert_close(
+        some.pow(4).mean((1, 2)), torch.full((len(some),), 3.0).double(), atol=0.3, rtol=0
+    )
+    assert (some[..., 0] * some[..., 1]).mean().abs() < 0.05  # columns are independent
+    power = torch.fft.rfft(noise, dim=0).abs().square().mean((1, 2))[1:]
+    if steps > 2:
+        frequencies = torch.arange(1, len(power) + 1) / steps
+        expected = (frequencies / frequencies[0]) ** -beta
+        torch.testing.assert_close(power / power[0], expected.double(), atol=0, rtol=0.1)
 
 
 def test_tanh_is_tanh(script):

@@ -356,6 +356,30 @@ def test_diagnostics_are_those_of_the_policy_after_the_update(script, args):
     assert 0.05 < metrics["clipfrac"] < 0.95
 
 
+@pytest.mark.parametrize(
+    ("color", "progress"), [(0, 0), (0.5, 0), (1, 0), (1, 0.5), (1, 1), (1, 2)]
+)
+def test_actions_are_as_alike_as_the_color_of_the_noise_says(script, args, color, progress):
+    """The color falls linearly to 0 over the run."""
+    options = args("MatchReward", num_envs=50, noise_color=color, total_timesteps=20_000)
+    envs, agent, state = start(script, options)
+    rollout, _, _ = script.collect(envs, agent, state, int(progress * 20_000), options)
+    envs.close()
+    beta = color * max(0, 1 - progress)
+    actions = rollout.actions[:-1].double().reshape(256, 50)
+    actions = (actions - actions.mean()) / actions.std()
+    # what 1/f^β noise has: the mean of cos(2πf) over all frequencies, weighted by their power
+    f = np.arange(1, 256) / 256
+    power = np.minimum(f, 1 - f) ** -beta
+    expected = (power * np.cos(2 * np.pi * f)).sum() / power.sum()
+    found = (actions[1:] * actions[:-1]).mean().item()
+    if "discrete" in script.__name__:  # of two actions: the difference of two Gumbel variables
+        assert abs(found) < 0.05 if beta == 0 else 0.5 * expected < found < expected
+    else:
+        assert found == pytest.approx(expected, abs=0.05)
+    assert abs((actions[:, 1:] * actions[:, :-1]).mean().item()) < 0.06  # environments differ
+
+
 def test_target_kl_ends_the_epochs(script, args, monkeypatch):
     epochs = []
     prepare = script.prepare
