@@ -2,14 +2,14 @@
 
     python tests/benchmark/speed.py                    # steady state and gradient step
     python tests/benchmark/speed.py --repetitions 1 --iterations 8      # a quick look
-    python tests/benchmark/speed.py --parts solve memory     # time to solve, 1M steps: 20 minutes
+    python tests/benchmark/speed.py --parts memory     # after 1M steps: 4 minutes
     python tests/benchmark/speed.py --parts scaling    # one and two processes, on idle cores
-    python tests/benchmark/speed.py --parts tables     # the README's tables, from the results
 
 Each measurement is a process of its own with one thread. The contenders take turns in every
 repetition, so that the drift of the machine hits all alike, and medians over the repetitions are
-compared. Results go to tests/benchmark/results/*.csv; set_up_s there is the time from the import
-to the first step, with --compile that of compiling, from an empty cache.
+compared. Results go to tests/benchmark/results/*.csv, from where plot.py puts them into the README;
+set_up_s there is the time from the import to the first step, with --compile that of compiling,
+from an empty cache.
 """
 
 import argparse
@@ -45,24 +45,10 @@ WARM_UP = 3  # iterations that are left out
 # passes: of the networks over all data, for values, log-probabilities and diagnostics
 SPLIT = ("environment", "acting", "gradient_steps", "passes", "rest")
 
-# the mark for the mean of the last 20 training episodes, and the RL Zoo's settings
-# (rl-baselines3-zoo, hyperparams/ppo.yml; lin_x there is a value that falls linearly to 0)
-SOLVE = {
-    "CartPole-v1": (
-        *("ppo_discrete", 475, 8, 100_000),
-        dict(n_steps=32, batch_size=256, gae_lambda=0.8, gamma=0.98, n_epochs=20, ent_coef=0.0)
-        | dict(learning_rate=lambda remaining: remaining * 1e-3)
-        | dict(clip_range=lambda remaining: remaining * 0.2),
-    ),
-    "Pendulum-v1": (
-        *("ppo_continuous", -200, 4, 100_000),
-        dict(n_steps=1024, gae_lambda=0.95, gamma=0.9, n_epochs=10, ent_coef=0.0, use_sde=True)
-        | dict(learning_rate=1e-3, clip_range=0.2, sde_sample_freq=4),
-    ),
-    "LunarLander-v3": (
-        *("ppo_discrete", 200, 16, 1_000_000),
-        dict(n_steps=1024, batch_size=64, gae_lambda=0.98, gamma=0.999, n_epochs=4, ent_coef=0.01),
-    ),
+MEMORY = {
+    "CartPole-v1": "ppo_discrete",
+    "Pendulum-v1": "ppo_continuous",
+    "LunarLander-v3": "ppo_discrete",
 }
 
 
@@ -279,52 +265,9 @@ def measure_gradient_step(minibatch_size: int, seconds: float = 2.0) -> dict[str
     return result | {"compiled_us": compiled}
 
 
-def solve_ours(env_id: str, seed: int) -> dict[str, float]:
-    name, mark, _, _, _ = SOLVE[env_id]
-    script = importlib.import_module(name)
-    signals, returns, clock, log, collect = [], [], [], script.log, script.collect
-
-    def log_and_note(writer, run, episodes, scalars):
-        log(writer, run, episodes, scalars)
-        returns.extend(value for _, value, _ in episodes)
-        if len(returns) >= 20 and sum(returns[-20:]) / 20 >= mark:
-            signals.append(0)
-
-    def collect_and_note(*args):
-        clock.append(time.perf_counter())
-        return collect(*args)
-
-    script.log, script.collect = log_and_note, collect_and_note
-    run_dir = os.path.join(tempfile.mkdtemp(), "run")
-    result = script.train(script.Args(env_id=env_id, seed=seed, run_dir=run_dir), signals)
-    seconds = time.perf_counter() - clock[0]
-    return {"seconds": seconds, "steps": result["global_step"], "solved": bool(signals)}
-
-
-def solve_sb3(env_id: str, seed: int) -> dict[str, float]:
-    from stable_baselines3.common.callbacks import BaseCallback
-
-    _, mark, num_envs, total_timesteps, options = SOLVE[env_id]
-    model, returns, solved = make_sb3(env_id, num_envs, False, seed, options), [], []
-
-    class Note(BaseCallback):
-        def _on_step(self) -> bool:
-            returns.extend(
-                info["episode"]["r"] for info in self.locals["infos"] if "episode" in info
-            )
-            if len(returns) >= 20 and sum(returns[-20:]) / 20 >= mark:
-                solved.append(True)
-            return not solved
-
-    start = time.perf_counter()
-    model.learn(total_timesteps, callback=Note())
-    seconds = time.perf_counter() - start
-    return {"seconds": seconds, "steps": model.num_timesteps, "solved": bool(solved)}
-
-
 def measure_memory(env_id: str, early: int = 50_000, late: int = 1_000_000) -> dict[str, float]:
     """Resident memory after so many steps, in MiB."""
-    script = importlib.import_module(SOLVE[env_id][0])
+    script = importlib.import_module(MEMORY[env_id])
     resident, show = {}, script.show
 
     def show_and_note(run, *args):
@@ -348,8 +291,6 @@ MEASURE = {
     "environment": measure_environment,
     "gradient_step": measure_gradient_step,
     "memory": measure_memory,
-    "solve ours": solve_ours,
-    "solve stable-baselines3": solve_sb3,
 }
 
 
@@ -438,23 +379,10 @@ def gradient(repetitions: int) -> None:
 
 def memory() -> None:
     rows = []
-    for env_id in SOLVE:
+    for env_id in MEMORY:
         rows.append({"environment": env_id} | measure("memory", env_id))
         print("{environment:16} {early_mb:.0f} MiB, later {late_mb:.0f}".format(**rows[-1]))
     write("memory.csv", rows)
-
-
-def solve() -> None:
-    rows = []
-    for env_id in SOLVE:
-        for seed in (1, 2, 3):
-            for contender in ("ours", "stable-baselines3"):
-                row = measure(f"solve {contender}", env_id, seed)
-                rows.append({"environment": env_id, "contender": contender, "seed": seed} | row)
-                seconds, steps, solved = row["seconds"], row["steps"], row["solved"]
-                how = "" if solved else "  not solved"
-                print(f"{env_id:16} {contender:18} {seconds:6.1f} s {steps:9,}{how}", flush=True)
-    write("solve.csv", rows)
 
 
 def scaling(repetitions: int, iterations: int) -> None:
@@ -485,8 +413,7 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def tables() -> list[str]:
-    """The README's tables, from the CSV files."""
+def speed_table() -> str:
     speeds = {(row["setting"], row["contender"]): row for row in read("speed.csv")}
     ours, compiled, peer, bare = CONTENDERS
 
@@ -498,43 +425,29 @@ def tables() -> list[str]:
     header = ["environment, num_envs x num_steps, minibatch", "Stable-Baselines3", "ours"]
     header += ["ours, `--compile`", "environment alone"]
     order = (peer, ours, compiled, bare)
-    steady = [[setting, *(speed(setting, name) for name in order)] for setting in SETTINGS]
+    return markdown(header, [[x, *(speed(x, name) for name in order)] for x in SETTINGS])
 
-    shares = [
-        [setting, contender, *(f"{float(speeds[setting, contender][name]):.0%}" for name in SPLIT)]
-        for setting in SETTINGS
-        for contender in (ours, compiled)
-    ]
 
-    solved = []
-    for env_id in SOLVE:
-        cells, seconds = [], {}
-        for contender in (peer, ours):
-            rows = [r for r in read("solve.csv") if r["environment"] == env_id]
-            rows = [r for r in rows if r["contender"] == contender]
-            seconds[contender] = statistics.median(float(r["seconds"]) for r in rows)
-            times = ", ".join(f"{float(r['seconds']):.1f}" for r in rows)
-            misses = sum(r["solved"] == "False" for r in rows)
-            cells.append(times + (f" ({misses} of {len(rows)} never)" if misses else ""))
-        solved.append([f"{env_id} ({SOLVE[env_id][1]})", *cells])
-        solved[-1].append(f"{seconds[peer] / seconds[ours]:.1f} x")
-    scaled = []
+def shares(row: dict[str, str]) -> list[str]:
+    return [f"{float(row[name]):.0%}" for name in SPLIT]
+
+
+PARTS = [name.replace("_", " ") for name in SPLIT]
+
+
+def split_table() -> str:
+    ours = [row for row in read("speed.csv") if row["contender"].startswith("ours")]
+    rows = [[row["setting"], row["contender"], *shares(row)] for row in ours]
+    return markdown(["setting", "", *PARTS], rows)
+
+
+def scaling_table() -> str:
+    rows = []
     for row in read("scaling.csv"):
-        speed_and_share = [
-            f"{float(row['steps_per_second']):,.0f}",
-            f"{float(row['efficiency']):.0%}",
-        ]
-        scaled.append([row["setting"], row["processes"], *speed_and_share])
-        scaled[-1] += [f"{float(row[name]):.0%}" for name in SPLIT]
-    scaled_header = ["setting", "processes", "steps/s", "efficiency"]
-    scaled_header += [name.replace("_", " ") for name in SPLIT]
-    names = ["environment (mark)", "Stable-Baselines3, Zoo's settings: s", "ours: s", "ratio"]
-    return [
-        markdown(header, steady),
-        markdown(["setting", "", *(name.replace("_", " ") for name in SPLIT)], shares),
-        markdown(names, solved),
-        markdown(scaled_header, scaled),
-    ]
+        speed = f"{float(row['steps_per_second']):,.0f}"
+        efficiency = f"{float(row['efficiency']):.0%}"
+        rows.append([row["setting"], row["processes"], speed, efficiency, *shares(row)])
+    return markdown(["setting", "processes", "steps/s", "efficiency", *PARTS], rows)
 
 
 def main() -> None:
@@ -542,13 +455,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--worker", help=argparse.SUPPRESS)
-    parts = ["steady", "gradient", "memory", "solve", "scaling", "tables"]
+    parts = ["steady", "gradient", "memory", "scaling"]
     parser.add_argument("--parts", nargs="+", default=["steady", "gradient"], choices=parts)
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--iterations", type=int, default=20, help="measured, after 3 to warm up")
     options = parser.parse_args()
-    if options.parts == ["tables"]:
-        return print("\n".join(tables()))
     if options.worker:
         return work(*json.loads(options.worker))
     if "steady" in options.parts:
@@ -557,8 +468,6 @@ def main() -> None:
         gradient(options.repetitions)
     if "memory" in options.parts:
         memory()
-    if "solve" in options.parts:
-        solve()
     if "scaling" in options.parts:
         scaling(options.repetitions, options.iterations)
 
