@@ -454,9 +454,9 @@ def flat(obs: np.ndarray) -> np.ndarray:
 def colored_noise(shape: tuple[int, int, int], beta: float) -> Tensor:
     """Standard normal noise whose power falls as 1/f^β along its first axis, the steps; float32.
 
-    With β = 0 all values are independent. With more, those of nearby steps are alike (and those of
-    both ends), so that the policy tries a course of action rather than a tremble: Hollenstein et
-    al. 2024, arXiv:2312.11091, who found 0.5 to be best for PPO.
+    With β = 0 all values are independent. With more, nearby ones are alike, as are the first and
+    the last: the policy tries a course of action rather than a tremble (Hollenstein et al. 2024,
+    arXiv:2312.11091, who found 0.5 to be best for PPO).
     """
     steps = shape[0]
     frequencies = torch.fft.rfftfreq(steps).clamp(min=1 / steps)
