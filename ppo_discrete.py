@@ -80,7 +80,7 @@ class Args:
     activation: Literal["tanh", "relu"] = "tanh"  # nonlinearity of the hidden layers
     norm_obs: bool = True  # normalise observations by their running mean and variance
     norm_reward: bool = True  # divide rewards by the running deviation of the return
-    noise_color: float = 0.0  # β of the noise in actions, falls to 0: 0 = white, 1 = pink
+    noise_color: float = 0.0  # β of the action noise at first, then falls to 0: 1 = pink, 0 = white
 
     learning_rate: float = 8e-4  # step size of Adam at the start
     anneal_lr: bool = True  # lower the learning rate linearly to 0 over the run

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from speed import RESULTS, ROOT, machine, make_sb3
+from speed import RESULTS, ROOT, machine, make_sb3, read
 
 POINTS = 100  # of a curve
 
@@ -219,13 +219,6 @@ def start(run: Run, episodes: int) -> dict:
     if process.returncode:
         raise RuntimeError(f"{run}:\n{process.stderr}")
     return json.loads(process.stdout.splitlines()[-1])
-
-
-def read(path: Path) -> list[dict[str, str]]:
-    if not path.exists():
-        return []
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def append(path: Path, row: dict) -> None:

@@ -14,8 +14,8 @@ import ablation
 import matplotlib
 import numpy as np
 import speed
-from learning import ALL, HELD_OUT, POINTS, TARGETS, TASKS, read
-from speed import RESULTS, ROOT, markdown
+from learning import ALL, HELD_OUT, POINTS, TARGETS, TASKS
+from speed import RESULTS, ROOT, markdown, read
 
 README = ROOT / "README.md"
 STEPS = {env_id: task.total_timesteps for env_id, task in ALL.items()}

@@ -403,8 +403,10 @@ def scaling(repetitions: int, iterations: int) -> None:
     write("scaling.csv", rows)
 
 
-def read(name: str) -> list[dict[str, str]]:
-    with open(RESULTS / name, newline="") as file:
+def read(path: Path) -> list[dict[str, str]]:
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
         return list(csv.DictReader(file))
 
 
@@ -414,7 +416,7 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
 
 
 def speed_table() -> str:
-    speeds = {(row["setting"], row["contender"]): row for row in read("speed.csv")}
+    speeds = {(row["setting"], row["contender"]): row for row in read(RESULTS / "speed.csv")}
     ours, compiled, peer, bare = CONTENDERS
 
     def speed(setting: str, contender: str) -> str:
@@ -436,14 +438,14 @@ PARTS = [name.replace("_", " ") for name in SPLIT]
 
 
 def split_table() -> str:
-    ours = [row for row in read("speed.csv") if row["contender"].startswith("ours")]
+    ours = [row for row in read(RESULTS / "speed.csv") if row["contender"].startswith("ours")]
     rows = [[row["setting"], row["contender"], *shares(row)] for row in ours]
     return markdown(["setting", "", *PARTS], rows)
 
 
 def scaling_table() -> str:
     rows = []
-    for row in read("scaling.csv"):
+    for row in read(RESULTS / "scaling.csv"):
         speed = f"{float(row['steps_per_second']):,.0f}"
         efficiency = f"{float(row['efficiency']):.0%}"
         rows.append([row["setting"], row["processes"], speed, efficiency, *shares(row)])
