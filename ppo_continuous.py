@@ -503,7 +503,8 @@ def collect(envs, agent: Agent, state: tuple, global_step: int, args: Args) -> t
         rows.append((obs, action, reward, terminated.copy(), resets, discounted))
 
         steps = global_step + np.cumsum(~resets) * WORLD_SIZE
-        obs, resets, global_step = flat(next_obs), terminated | truncated, int(steps[-1])
+        obs = flat(next_obs)
+        resets, global_step = terminated | truncated, int(steps[-1])
         for name, value in (("an observation", obs), ("a reward", reward)):
             if not np.isfinite(value).all():
                 problem = f"{name} that is NaN or infinite at step {global_step}"
@@ -666,8 +667,8 @@ def play(
         for episode in range(num_episodes):
             obs, _ = envs.reset(seed=derive_seed(args.seed, EVALUATION, episode))
             for _ in range(envs.spec.max_episode_steps or 10_000):
-                action = agent.to_env(agent.act(flat(obs)))
-                obs, _, terminated, truncated, _ = envs.step(action)
+                action = agent.act(flat(obs))
+                obs, _, terminated, truncated, _ = envs.step(agent.to_env(action))
                 if signals:
                     return
                 if terminated[0] or truncated[0]:
@@ -675,9 +676,9 @@ def play(
             yield envs.episode_returns[0].item()
 
 
-def evaluate(agent: Agent, args: Args, video_dir: str, signals: Sequence[int]) -> list[float]:
+def evaluate(agent: Agent, args: Args, run_dir: str, run, signals: Sequence[int]) -> list[float]:
     """Play the greedy episodes that the user asked for, print and return their returns."""
-    returns = []
+    returns, video_dir = [], f"{run_dir}/videos/step-{run.global_step}"
     for episodic_return in play(agent, args, args.eval_episodes, video_dir, signals):
         returns.append(episodic_return)
         if args.evaluate is not None:
@@ -772,11 +773,23 @@ class Progress:
     best_return: float = -math.inf  # the highest `mean_return` so far
     evaluated_step: int = 0  # where the last evaluation was made
     window: list[float] = field(default_factory=list)  # returns of the last 100 episodes
+    saved_at = -math.inf  # `seconds` at this process's last checkpoint, no field: not saved itself
 
     @property
     def mean_return(self) -> float:
         """Mean return of the last 100 episodes; NaN before there are as many."""
         return sum(self.window) / 100 if len(self.window) == 100 else math.nan
+
+    def advance(self, steps: int, episodes: list, seconds: float) -> list:
+        """Count an iteration of all processes; returns its episodes, sorted."""
+        self.global_step += steps
+        self.iteration += 1
+        self.seconds += seconds
+        # a process with few reset rows has numbered its steps past those of all
+        episodes = [(min(step, self.global_step), *rest) for step, *rest in episodes]
+        episodes.sort(key=lambda episode: episode[0])
+        self.window = (self.window + [value for _, value, _ in episodes])[-100:]
+        return episodes
 
     def is_done(self, args: Args) -> bool:
         return self.global_step >= args.total_timesteps or self.mean_return >= args.target_return
@@ -917,6 +930,21 @@ def show(run: Progress, args: Args, is_due: bool, is_done: bool) -> None:
         print(line, flush=True)
 
 
+def keep(run_dir: str, writer, agent, optimizer, run: Progress, args: Args, is_done: bool) -> None:
+    """Print how the run goes and save it, as far as it is time to; film an episode now and then."""
+    is_due = is_done or run.seconds - run.saved_at >= args.checkpoint_interval
+    show(run, args, is_due, is_done)
+    if run.mean_return > run.best_return:
+        run.best_return = run.mean_return
+        save(f"{run_dir}/best.pt", args, agent, optimizer, run)
+    if is_due:
+        run.saved_at = run.seconds
+        writer.flush()  # first: no curve is to end before its checkpoint
+        save(f"{run_dir}/checkpoint.pt", args, agent, optimizer, run)
+    if args.capture_video and run.iteration % 25 == 0:
+        list(play(agent, args, 1, f"{run_dir}/videos/step-{run.global_step}"))
+
+
 def train(args: Args, signals: Sequence[int] = ()) -> dict:
     """Learn with PPO (Algorithm 1 of the paper), then play greedily; only that with `evaluate`.
 
@@ -954,19 +982,17 @@ def train(args: Args, signals: Sequence[int] = ()) -> dict:
             compute = compile_gradient(agent, args) if args.compile and is_training else gradient
         run_dir = in_first(make_run_dir, args) if path is None else os.path.dirname(path) or "."
         if not is_training:
-            video_dir = f"{run_dir}/videos/step-{run.global_step}"
-            returns = evaluate(agent, args, video_dir, signals) if RANK == 0 else []
+            returns = evaluate(agent, args, run_dir, run, signals) if RANK == 0 else []
             return {"agent": agent, "eval_returns": returns}
-        best = f"{run_dir}/best.pt"
         with together():
             if RANK == 0:  # the first process writes and prints for all
-                if os.path.exists(best):
-                    run.best_return = load(best)["progress"]["best_return"]
+                if os.path.exists(f"{run_dir}/best.pt"):  # may be newer than the checkpoint
+                    run.best_return = load(f"{run_dir}/best.pt")["progress"]["best_return"]
                 writer = stack.enter_context(make_writer(run_dir, run.global_step + 1, args))
 
         obs, _ = envs.reset(seed=derive_seed(args.seed, ITERATION, run.iteration, RANK))
         state = (flat(obs), np.zeros(args.num_envs, bool), np.zeros(args.num_envs, np.float32))
-        history, stops, saved_at, clock = [], [], -math.inf, time.perf_counter()
+        history, stopped_by, clock = [], [], time.perf_counter()
         is_done = run.is_done(args)
         while not is_done:
             torch.manual_seed(derive_seed(args.seed, ITERATION, run.iteration, RANK))
@@ -984,59 +1010,44 @@ def train(args: Args, signals: Sequence[int] = ()) -> dict:
             agent.obs_stats.update(rollout.obs[:-1][rollout.is_real])
 
             news = gather((int(rollout.is_real.sum()), episodes, [*signals]))
-            counts, lists, stops = zip(*news, strict=True)
-            run.global_step += sum(counts)
-            run.iteration += 1
-            # a process with few reset rows has numbered its steps past those of all
-            episodes = [(min(step, run.global_step), *rest) for step, *rest in sum(lists, [])]
-            episodes.sort(key=lambda episode: episode[0])
-            run.window = (run.window + [value for _, value, _ in episodes])[-100:]
+            counts, lists, signal_lists = zip(*news, strict=True)
+            episodes, stopped_by = sum(lists, []), sum(signal_lists, [])
+            seconds, clock = time.perf_counter() - clock, time.perf_counter()
+            episodes = run.advance(sum(counts), episodes, seconds)
             history += [(step, value) for step, value, _ in episodes]
-            run.seconds, clock = run.seconds + time.perf_counter() - clock, time.perf_counter()
             if not all(map(math.isfinite, losses.values())):
                 problem = f"the loss became NaN or infinite at step {run.global_step}"
                 raise FloatingPointError(f"{problem}: lower --learning-rate {args.learning_rate}")
             scalars = {f"losses/{name}": value for name, value in losses.items()}
-            scalars["charts/learning_rate"] = remaining * args.learning_rate
+            scalars["charts/learning_rate"] = optimizer.lr
 
-            is_done = run.is_done(args) or any(stops)
+            is_done = run.is_done(args) or bool(stopped_by)
             with together():
                 if RANK == 0:
                     log(writer, run, episodes, scalars)
-                    is_due = is_done or run.seconds - saved_at >= args.checkpoint_interval
-                    show(run, args, is_due, is_done)
-                    if run.mean_return > run.best_return:
-                        run.best_return = run.mean_return
-                        save(best, args, agent, optimizer, run)
-                    if is_due:
-                        writer.flush()  # first: no curve is to end before its checkpoint
-                        save(f"{run_dir}/checkpoint.pt", args, agent, optimizer, run)
-                        saved_at = run.seconds
-                    if args.capture_video and run.iteration % 25 == 0:
-                        list(play(agent, args, 1, f"{run_dir}/videos/step-{run.global_step}"))
+                    keep(run_dir, writer, agent, optimizer, run, args, is_done)
 
         if len({*gather(zlib.crc32(optimizer.vector.cpu().numpy()))}) > 1:
             raise RuntimeError("the processes have learned different parameters: please report it")
         solved_at = run.global_step if run.mean_return >= args.target_return else None
-        stopped_by = [*signals] or sum(stops, [])
         result = dict(agent=agent, global_step=run.global_step, episodes=history)
-        result |= dict(solved_at=solved_at, signals=stopped_by, eval_returns=[])
-        if RANK > 0:
-            return result
-        if solved_at is not None:
-            print(f"solved at step {solved_at:,} after {run.seconds:.0f} s")
-        if stopped_by:
-            start = "python" if WORLD_SIZE == 1 else "torchrun ..."
-            command = shlex.join([os.path.relpath(__file__), "--resume", run_dir])
-            print(f"stopped at step {run.global_step:,}; to go on: {start} {command}")
-        video_dir = f"{run_dir}/videos/step-{run.global_step}"
-        returns = [] if stopped_by else evaluate(agent, args, video_dir, signals)
-        if returns and run.evaluated_step < run.global_step:
-            writer.add_scalar("eval/episodic_return", np.mean(returns), run.global_step)
-            run.evaluated_step = run.global_step
-            save(f"{run_dir}/checkpoint.pt", args, agent, optimizer, run)
-        print(f"tensorboard --logdir {run_dir}")
-    return result | dict(eval_returns=returns)
+        result |= dict(solved_at=solved_at, signals=[*signals] or stopped_by, eval_returns=[])
+        if RANK == 0:
+            if solved_at is not None:
+                print(f"solved at step {solved_at:,} after {run.seconds:.0f} s")
+            if result["signals"]:
+                start = "python" if WORLD_SIZE == 1 else "torchrun ..."
+                command = shlex.join([os.path.relpath(__file__), "--resume", run_dir])
+                print(f"stopped at step {run.global_step:,}; to go on: {start} {command}")
+            else:
+                result["eval_returns"] = evaluate(agent, args, run_dir, run, signals)
+            if result["eval_returns"] and run.evaluated_step < run.global_step:
+                mean = np.mean(result["eval_returns"])
+                writer.add_scalar("eval/episodic_return", mean, run.global_step)
+                run.evaluated_step = run.global_step
+                save(f"{run_dir}/checkpoint.pt", args, agent, optimizer, run)
+            print(f"tensorboard --logdir {run_dir}")
+    return result
 
 
 def parse_args() -> Args:

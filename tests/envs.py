@@ -242,6 +242,114 @@ class Strict(gym.Env):
         return self.observation_space.sample(), 0.0, False, len(self.actions) % 7 == 0, {}
 
 
+class Digits(gym.Env):
+    """One step: repeat the digits that are shown; reward is the share of them that is right."""
+
+    def __init__(self, nvec=(2, 5, 3), start=(0, -2, 7), dtype=np.int64):
+        self.action_space = spaces.MultiDiscrete(nvec, dtype, start=start)
+        self.observation_space = spaces.MultiDiscrete(nvec)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.shown = self.np_random.integers(self.observation_space.nvec)
+        return self.shown, {}
+
+    def step(self, action):
+        assert action in self.action_space, f"{action!r} is not in {self.action_space}"
+        reward = np.mean(action - self.action_space.start == self.shown)
+        return self.shown.copy(), float(reward), True, False, {}
+
+
+class HighestValid(gym.Env):
+    """Four steps: reward 1 for the highest of the valid actions; an invalid one is an error.
+
+    Action 0 is always valid, 3 never, 5 in one of 200 steps; after the last step none is.
+    """
+
+    def __init__(self, actions: int = 6):
+        self.action_space = spaces.Discrete(actions, start=10)
+        mask = spaces.MultiBinary(actions)
+        clock = spaces.Box(0, 4, (1,), np.float32)
+        self.observation_space = spaces.Dict({"action_mask": mask, "observation": clock})
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t = 0
+        return self.observe(), {}
+
+    def observe(self):
+        odds = np.array([1, 0.5, 0.5, 0, 0.5, 0.005])
+        self.mask = (self.np_random.random(6) < odds * (self.t < 4)).astype(np.int8)
+        return {"action_mask": self.mask, "observation": np.array([self.t], np.float32)}
+
+    def step(self, action):
+        assert self.mask[action - 10], f"{action} is invalid, {self.mask}"
+        reward = float(action - 10 == np.flatnonzero(self.mask).max())
+        self.t += 1
+        return self.observe(), reward, self.t == 4, False, {}
+
+
+class Recall(gym.Env):
+    """A cue is seen in the first step only; the action of the last must be what it was."""
+
+    observation_space = spaces.Box(0, 1, (2,), np.float32)
+    action_space = spaces.Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.left, self.cue = 5, int(self.np_random.integers(2))
+        return np.eye(2, dtype=np.float32)[self.cue], {}
+
+    def step(self, action):
+        self.left -= 1
+        is_right = self.left == 0 and action == self.cue
+        return np.zeros(2, np.float32), float(is_right), self.left == 0, False, {}
+
+
+class Walk(gym.Env):
+    """Random observations, episodes of 1 to 9 steps that are terminated or truncated."""
+
+    observation_space = spaces.Box(-9, 9, (3,), np.float32)
+    action_space = spaces.Discrete(3)
+
+    def look(self):
+        return self.np_random.normal(size=3).astype(np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.left, self.terminates = self.np_random.integers(1, 10), self.np_random.random() < 0.5
+        return self.look(), {}
+
+    def step(self, action):
+        self.left -= 1
+        is_over = bool(self.left == 0)
+        ends = (is_over and self.terminates, is_over and not self.terminates)
+        return self.look(), float(action), *ends, {}
+
+
+class Corner(gym.Env):
+    """A bright square lies in one corner of a noisy image; the action must name the corner."""
+
+    observation_space = spaces.Box(0, 255, (36, 40, 3), np.uint8)
+    action_space = spaces.Discrete(4)
+
+    def look(self):
+        self.corner = int(self.np_random.integers(4))
+        image = self.np_random.integers(0, 100, (36, 40, 3), np.uint8)
+        y = self.corner // 2 * 18 + self.np_random.integers(12)
+        x = self.corner % 2 * 20 + self.np_random.integers(14)
+        image[y : y + 6, x : x + 6] = 255
+        return image
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return self.look(), {}
+
+    def step(self, action):
+        reward = float(action == self.corner)
+        return self.look(), reward, False, False, {}
+
+
 ENVS = {
     "ConstantReward": ConstantReward,
     "ObservedReward": ObservedReward,
@@ -279,3 +387,10 @@ for kind in ("Discrete", "Continuous"):
 gym.register(
     "tests/MultiDiscrete-v0", Strict, kwargs={"action_space": spaces.MultiDiscrete([2, 3])}
 )
+gym.register("tests/Digits-v0", Digits)
+grid = {"nvec": [[2, 3], [4, 5]], "start": [[0, 1], [2, 3]], "dtype": np.int8}
+gym.register("tests/Grid-v0", Digits, kwargs=grid)
+gym.register("tests/HighestValid-v0", HighestValid)
+gym.register("tests/Recall-v0", Recall)
+gym.register("tests/Walk-v0", Walk)
+gym.register("tests/Corner-v0", Corner, max_episode_steps=8)

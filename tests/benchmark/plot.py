@@ -1,14 +1,20 @@
 """The README's figures and tables, from the CSV files in tests/benchmark/results/.
 
-    python tests/benchmark/plot.py             # draws the figures, and renews the README's tables
+    python tests/benchmark/plot.py             # draws the figures, and renews the README
 
-A table stands in the README between <!-- NAME --> and <!-- end -->. Intervals are 95% intervals of
-the mean over the seeds, by the bootstrap: percentiles of the means of resampled seeds.
+In the README a table stands between <!-- NAME --> and <!-- end -->, as do the effect of a detail,
+<!-- worth DETAIL -->, and the length of a script, <!-- lines SCRIPT -->, in one line. A link to a
+line of code has that code as its text, which tells where it leads: [`code`](ppo_discrete.py#L1).
+Intervals are 95% intervals of the mean over the seeds, by the bootstrap: percentiles of the means
+of resampled seeds.
 """
 
+import ast
+import io
 import math
 import re
 import statistics
+import tokenize
 
 import ablation
 import matplotlib
@@ -186,13 +192,54 @@ TABLES = {
 }
 
 
+def worth(detail: str) -> str:
+    """Mean change by a detail in each task that has it."""
+    changes = [effects(env_id).get(detail) for env_id in ablation.TASKS]
+    return " / ".join("" if change is None else f"{change.mean():+.0f}" for change in changes)
+
+
+def lines(script: str) -> str:
+    """How many lines of code the script has, and how many in all."""
+    source = (ROOT / script).read_text()
+    code, skip = set(), ("COMMENT", "NL", "NEWLINE", "INDENT", "DEDENT", "ENDMARKER")
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if tokenize.tok_name[token.type] not in skip:
+            code.update(range(token.start[0], token.end[0] + 1))
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(
+            node
+        ):
+            code -= {*range(node.body[0].lineno, node.body[0].end_lineno + 1)}
+    return f"{len(code)} (of {len(source.splitlines()):,})"
+
+
+def line_of(code: str, script: str) -> int:
+    """The number of the one line of the script that has the code."""
+    lines = (ROOT / script).read_text().splitlines()
+    found = [number for number, line in enumerate(lines, 1) if code in line]
+    if len(found) != 1:
+        raise ValueError(f"README.md: {code!r} stands in {len(found)} lines of {script}, not in 1")
+    return found[0]
+
+
+INLINE = {"worth": worth, "lines": lines}
+
+
 def renew(readme: str) -> str:
-    """The text of the README with the tables of now."""
+    """The text of the README with the tables, effects and line numbers of now."""
 
     def table(match: re.Match) -> str:
         return f"{match[1]}\n{TABLES[match[2]]()}\n{match[3]}"
 
-    return re.sub(r"(<!-- (.+?) -->\n).*?(<!-- end -->)", table, readme, flags=re.DOTALL)
+    def inline(match: re.Match) -> str:
+        return f"{match[1]}{INLINE[match[2]](match[3])}{match[4]}"
+
+    def link(match: re.Match) -> str:
+        return f"[`{match[1]}`]({match[2]}#L{line_of(match[1], match[2])})"
+
+    readme = re.sub(r"(<!-- ([\w ]+?) -->\n).*?(<!-- end -->)", table, readme, flags=re.DOTALL)
+    readme = re.sub(r"(<!-- (worth|lines) (.+?) -->).*?(<!-- end -->)", inline, readme)
+    return re.sub(r"\[`([^`]+)`\]\((\w+\.py)#L\d+\)", link, readme)
 
 
 def curves(contender: str, environment: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
