@@ -45,7 +45,9 @@ def patched(name: str) -> Path:
 @functools.cache
 def recipe(name: str):
     """The module of that script."""
-    spec = importlib.util.spec_from_file_location(name, patched(name))
+    path = patched(name)
+    name = f"recipe_{name}"  # one of them is named like the package that it imports
+    spec = importlib.util.spec_from_file_location(name, path)
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

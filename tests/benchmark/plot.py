@@ -2,11 +2,11 @@
 
     python tests/benchmark/plot.py             # draws the figures, and renews the README
 
-In the README a table stands between <!-- NAME --> and <!-- end -->, as do the effect of a detail,
-<!-- worth DETAIL -->, and the length of a script, <!-- lines SCRIPT -->, in one line. A link to a
-line of code has that code as its text, which tells where it leads: [`code`](ppo_discrete.py#L1).
-Intervals are 95% intervals of the mean over the seeds, by the bootstrap: percentiles of the means
-of resampled seeds.
+In the README a table stands between <!-- NAME --> and <!-- end -->, as do, in one line, the effect
+of a detail, <!-- worth DETAIL -->, the length of a script, <!-- lines SCRIPT -->, and that of a
+recipe, <!-- changes RECIPE -->. A link to a line of code has that code as its text, which tells
+where it leads: [`code`](ppo_discrete.py#L1). Intervals are 95% intervals of the mean over the
+seeds, by the bootstrap: percentiles of the means of resampled seeds.
 """
 
 import ast
@@ -222,7 +222,13 @@ def line_of(code: str, script: str) -> int:
     return found[0]
 
 
-INLINE = {"worth": worth, "lines": lines}
+def changes(recipe: str) -> str:
+    """How many lines a recipe changes: removed and added ones."""
+    _, *hunks = (ROOT / "tests" / "recipes" / f"{recipe}.patch").read_text().split("\n@@")
+    return str(len(re.findall(r"^[+-]", "\n".join(hunks), re.MULTILINE)))
+
+
+INLINE = {"worth": worth, "lines": lines, "changes": changes}
 
 
 def renew(readme: str) -> str:
@@ -238,7 +244,7 @@ def renew(readme: str) -> str:
         return f"[`{match[1]}`]({match[2]}#L{line_of(match[1], match[2])})"
 
     readme = re.sub(r"(<!-- ([\w ]+?) -->\n).*?(<!-- end -->)", table, readme, flags=re.DOTALL)
-    readme = re.sub(r"(<!-- (worth|lines) (.+?) -->).*?(<!-- end -->)", inline, readme)
+    readme = re.sub(r"(<!-- (worth|lines|changes) (.+?) -->).*?(<!-- end -->)", inline, readme)
     return re.sub(r"\[`([^`]+)`\]\((\w+\.py)#L\d+\)", link, readme)
 
 
