@@ -299,7 +299,7 @@ def draw_ablation(plt):
             axis.plot(change.mean(), y, "o", color=color, markersize=6)
         axis.axvline(0, color=INK, linewidth=0.8)
         axis.set_xscale("symlog", linthresh=30)
-        axis.set_xticks([-1000, -300, -100, -30, 0, 30, 100], minor=False)
+        axis.set_xticks([-1000, -100, 0, 100], minor=False)
         axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axis.set_title(f"{env_id}, {amount(ablation.TASKS[env_id])} steps")
     axes[0].set_yticks(range(len(names)), names)
