@@ -13,7 +13,7 @@
     python ppo_continuous.py                                # solve Pendulum-v1
     python ppo_continuous.py --env-id BipedalWalker-v3 --total-timesteps 1000000
     python ppo_continuous.py --evaluate runs/... --render   # watch what a run has learned
-    torchrun --nproc-per-node 4 ppo_continuous.py           # learn with four processes
+    torchrun --standalone --nproc-per-node 4 ppo_continuous.py  # learn with four processes
     tensorboard --logdir runs                               # watch the learning curves
 
 The algorithm: Schulman et al. 2017, arXiv:1707.06347 ("the paper" below). Its advantages (GAE):
@@ -67,7 +67,7 @@ class Args:
     evaluate: str | None = None  # no training: play with the policy of this run or checkpoint
     eval_episodes: int = 10  # greedy episodes after training, or with --evaluate; 0: none
     render: bool = False  # show the greedy episodes in a window
-    capture_video: bool = False  # film the greedy episodes, and one now and then while training
+    capture_video: bool = False  # film the greedy episodes, and one every 25 iterations
 
     env_id: str = "Pendulum-v1"  # Gymnasium id, or my_module:MyEnv-v0 for one of your own
     total_timesteps: int = 500_000  # environment steps to learn from, over all environments
@@ -89,7 +89,7 @@ class Args:
     num_minibatches: int = 16  # gradient steps per epoch, each on an equal part of the data
     update_epochs: int = 10  # passes over the data of an iteration
     norm_adv: bool = True  # normalise the advantages of each minibatch
-    clip_coef: float = 0.2  # ε, how far the probability ratio may leave 1 and still gain
+    clip_coef: float = 0.2  # ε: the probability ratio gains nothing by moving beyond 1 ± ε
     clip_vloss: bool = False  # keep the new value within ε of the old one in its loss too
     ent_coef: float = 0.003  # weight of the entropy bonus
     vf_coef: float = 0.5  # weight of the value loss
@@ -152,7 +152,7 @@ GREEDY = torch.zeros(())  # the noise that makes the likeliest action
 
 
 def derive_seed(*key: int) -> int:
-    """One 32-bit seed per key of non-negative integers; those of different keys are unrelated.
+    """One 32-bit seed per key of non-negative integers, unrelated to those of other keys.
 
     Gymnasium seeds environment i with `seed + i`, so that seeds 1 and 2 would share most of their
     environments' streams. Keys of this file: (seed, stream, index, rank).
@@ -464,7 +464,7 @@ def colored_noise(shape: tuple[int, int, int], beta: float) -> Tensor:
 
     With β = 0 all values are independent. With more, nearby ones are alike, as are the first and
     the last: the policy tries a course of action rather than a tremble (Hollenstein et al. 2024,
-    arXiv:2312.11091, who found 0.5 to be best for PPO).
+    arXiv:2312.11091, who found a color between white and pink to be best for PPO).
     """
     steps = shape[0]
     frequencies = torch.fft.rfftfreq(steps).clamp(min=1 / steps)
@@ -491,28 +491,30 @@ def collect(envs, agent: Agent, state: tuple, global_step: int, args: Args) -> t
         FloatingPointError: an observation or a reward is not finite.
     """
     obs, resets, discounted = state
-    remaining = max(0, 1 - global_step / args.total_timesteps)
+    beta = args.noise_color * max(0, 1 - global_step / args.total_timesteps)
     shape = (args.num_steps, args.num_envs, agent.actor[-1].out_features)
-    global_step += RANK + 1 - WORLD_SIZE  # of the process's latest step
+    # processes number their steps in turn: the first one's next is global_step + 1
+    latest_step = global_step + RANK + 1 - WORLD_SIZE
     rows, episodes = [], []
-    for noise in colored_noise(shape, remaining * args.noise_color):
+    for noise in colored_noise(shape, beta):
         action = agent.act(obs, noise)
         next_obs, reward, terminated, truncated, _ = envs.step(agent.to_env(action))
         reward = np.where(resets, 0, reward).astype(np.float32)
         discounted = args.gamma * discounted * ~resets + reward
         rows.append((obs, action, reward, terminated.copy(), resets, discounted))
 
-        steps = global_step + np.cumsum(~resets) * WORLD_SIZE
+        steps = latest_step + np.cumsum(~resets) * WORLD_SIZE
         obs = flat(next_obs)
-        resets, global_step = terminated | truncated, int(steps[-1])
+        resets, latest_step = terminated | truncated, int(steps[-1])
         for name, value in (("an observation", obs), ("a reward", reward)):
             if not np.isfinite(value).all():
-                problem = f"{name} that is NaN or infinite at step {global_step}"
+                problem = f"{name} that is NaN or infinite at step {latest_step}"
                 raise FloatingPointError(f"--env-id {args.env_id} returned {problem}")
         if resets.any():
             ended = (steps, envs.episode_returns, envs.episode_lengths)
             episodes += zip(*(column[resets].tolist() for column in ended), strict=True)
 
+    # here only obs and resets count
     rows.append((obs, action, reward, terminated, resets, discounted))
     columns = [torch.as_tensor(np.stack(column)) for column in zip(*rows, strict=True)]
     with torch.no_grad():  # all at once, since the policy is the same in every step
@@ -522,8 +524,9 @@ def collect(envs, agent: Agent, state: tuple, global_step: int, args: Args) -> t
 
 @torch.no_grad()
 def prepare(rollout: Rollout, agent: Agent, args: Args) -> Batch:
-    """The rollout as a batch to learn from, with advantages by the value function of now."""
-    _, actions, rewards, terminations, _, _, logprobs = (column[:-1] for column in rollout)
+    """The rollout as a batch to learn from, with advantages by the present value function."""
+    actions, logprobs = rollout.actions[:-1], rollout.logprobs[:-1]
+    rewards, terminations = rollout.rewards[:-1], rollout.terminations[:-1]
     if args.norm_reward:
         deviation = (agent.return_stats.var + 1e-8).sqrt()
         rewards = (rewards / deviation).clamp(-10, 10).float()
@@ -537,12 +540,12 @@ def prepare(rollout: Rollout, agent: Agent, args: Args) -> Batch:
     return Batch(*(column.flatten(0, 1) for column in columns))
 
 
-def minibatches(batch: Batch, args: Args):
+def minibatches(batch: Batch, args: Args) -> list[Batch]:
     """Shuffle all rows into equal minibatches, and normalise the advantages of each.
 
-    A minibatch is that of all processes together, each of which holds an equal part of it. Their
-    number and size do not depend on the data; a minibatch of nothing but reset rows is
-    left out, since even a gradient of 0 moves parameters, by Adam's momentum.
+    A minibatch is that of all processes together, each of which holds an equal part of it. The
+    number and size of minibatches do not depend on the data; one of nothing but reset rows is left
+    out, since even a gradient of 0 moves parameters, by Adam's momentum.
     """
     order = torch.randperm(len(batch.weights)).to(batch.weights.device)
     # each column: [num_minibatches, minibatch_size, ...]
@@ -575,7 +578,7 @@ def compile_gradient(agent: Agent, args: Args):
     rows = args.num_envs * args.num_steps // args.num_minibatches
     with torch.no_grad():
         x = agent.obs_stats.mean.float().expand(rows, -1).contiguous()
-        mb = Batch(x, agent.get_action(x, GREEDY), *x.new_zeros(5, rows))
+        mb = Batch(x, agent.get_action(x, GREEDY), *x.new_zeros(len(Batch._fields) - 2, rows))
     try:
         compiled(agent, mb, args)
     except Exception as error:  # compilers fail in many ways, and at length
@@ -586,10 +589,10 @@ def compile_gradient(agent: Agent, args: Args):
 
 
 def gradient_step(
-    agent: Agent, optimizer: Adam, mb: Batch, args: Args, gradient=gradient
+    agent: Agent, optimizer: Adam, mb: Batch, args: Args, compute_gradient=gradient
 ) -> Tensor:
     """Descend the loss of one minibatch; returns the norm of its gradient before clipping."""
-    vector = total(gradient(agent, mb, args))
+    vector = total(compute_gradient(agent, mb, args))
     norm = vector.norm()
     optimizer.step(vector * (args.max_grad_norm / (norm + 1e-6)).clamp(max=1))
     return norm
@@ -621,7 +624,7 @@ def diagnose(agent: Agent, batch: Batch, args: Args) -> dict[str, Tensor]:
 
 
 def update(
-    agent: Agent, optimizer: Adam, rollout: Rollout, args: Args, gradient=gradient
+    agent: Agent, optimizer: Adam, rollout: Rollout, args: Args, compute_gradient=gradient
 ) -> dict[str, float]:
     """Improve the policy and the value function: epochs x minibatches of gradient steps.
 
@@ -629,7 +632,7 @@ def update(
     (recommended by Andrychowicz et al. 2021).
 
     Args:
-        gradient: the function of that name, or what it was compiled to.
+        compute_gradient: `gradient`, or what it was compiled to.
 
     Returns:
         Diagnostics of the outcome, the mean norm of the gradient in the last epoch, and the
@@ -637,12 +640,12 @@ def update(
     """
     for epoch in range(args.update_epochs):
         batch = prepare(rollout, agent, args)
-        mbs = minibatches(batch, args)
-        norms = [gradient_step(agent, optimizer, mb, args, gradient) for mb in mbs]
-        if not norms:
-            return {}
         if epoch == 0:
             foreseen = explained_variance(batch)
+        mbs = minibatches(batch, args)
+        norms = [gradient_step(agent, optimizer, mb, args, compute_gradient) for mb in mbs]
+        if not norms:
+            return {}
         if args.target_kl is not None:
             if diagnose(agent, batch, args)["approx_kl"] > args.target_kl:
                 break
@@ -724,7 +727,7 @@ def connected() -> Iterator[None]:
 
 
 def total(data: Tensor) -> Tensor:
-    """The sum of the tensors of all processes, in place of them."""
+    """The sum of a tensor over all processes, in place."""
     if WORLD_SIZE > 1:
         with connected():
             work = dist.all_reduce(data, async_op=True)
@@ -773,7 +776,7 @@ class Progress:
     best_return: float = -math.inf  # the highest `mean_return` so far
     evaluated_step: int = 0  # where the last evaluation was made
     window: list[float] = field(default_factory=list)  # returns of the last 100 episodes
-    saved_at = -math.inf  # `seconds` at this process's last checkpoint, no field: not saved itself
+    saved_at = -math.inf  # `seconds` at the last checkpoint; without a type, so no field: not saved
 
     @property
     def mean_return(self) -> float:
@@ -785,13 +788,14 @@ class Progress:
         self.global_step += steps
         self.iteration += 1
         self.seconds += seconds
-        # a process with few reset rows has numbered its steps past those of all
+        # a process with fewer reset rows than others numbers its steps beyond those of all
         episodes = [(min(step, self.global_step), *rest) for step, *rest in episodes]
         episodes.sort(key=lambda episode: episode[0])
         self.window = (self.window + [value for _, value, _ in episodes])[-100:]
         return episodes
 
     def is_done(self, args: Args) -> bool:
+        """Whether all steps are made, or the target return is reached."""
         return self.global_step >= args.total_timesteps or self.mean_return >= args.target_return
 
 
@@ -930,10 +934,8 @@ def show(run: Progress, args: Args, is_due: bool, is_done: bool) -> None:
         print(line, flush=True)
 
 
-def keep(run_dir: str, writer, agent, optimizer, run: Progress, args: Args, is_done: bool) -> None:
-    """Print how the run goes and save it, as far as it is time to; film an episode now and then."""
-    is_due = is_done or run.seconds - run.saved_at >= args.checkpoint_interval
-    show(run, args, is_due, is_done)
+def save_and_film(run_dir, writer, agent, optimizer, run: Progress, args: Args, is_due) -> None:
+    """Save best.pt at a new best mean, checkpoint.pt when due; film every 25th iteration."""
     if run.mean_return > run.best_return:
         run.best_return = run.mean_return
         save(f"{run_dir}/best.pt", args, agent, optimizer, run)
@@ -979,7 +981,8 @@ def train(args: Args, signals: Sequence[int] = ()) -> dict:
             envs = stack.enter_context(closing(make_envs(args)))
             agent, optimizer, run = begin(envs, args, checkpoint)
             device, is_training = agent.obs_stats.mean.device, args.evaluate is None
-            compute = compile_gradient(agent, args) if args.compile and is_training else gradient
+            is_compiled = args.compile and is_training
+            compute_gradient = compile_gradient(agent, args) if is_compiled else gradient
         run_dir = in_first(make_run_dir, args) if path is None else os.path.dirname(path) or "."
         if not is_training:
             returns = evaluate(agent, args, run_dir, run, signals) if RANK == 0 else []
@@ -1005,15 +1008,15 @@ def train(args: Args, signals: Sequence[int] = ()) -> dict:
                 rollout, state, episodes = collect(envs, player, state, run.global_step, args)
             rollout = Rollout(*(column.to(device) for column in rollout))
             agent.return_stats.update(rollout.discounted[:-1][rollout.is_real])
-            losses = update(agent, optimizer, rollout, args, compute)
+            losses = update(agent, optimizer, rollout, args, compute_gradient)
             # only now, so that acting and learning have seen the same input
             agent.obs_stats.update(rollout.obs[:-1][rollout.is_real])
 
-            news = gather((int(rollout.is_real.sum()), episodes, [*signals]))
-            counts, lists, signal_lists = zip(*news, strict=True)
-            episodes, stopped_by = sum(lists, []), sum(signal_lists, [])
+            reports = gather((int(rollout.is_real.sum()), episodes, [*signals]))  # of all processes
+            counts, episode_lists, signal_lists = zip(*reports, strict=True)
+            stopped_by = sum(signal_lists, [])
             seconds, clock = time.perf_counter() - clock, time.perf_counter()
-            episodes = run.advance(sum(counts), episodes, seconds)
+            episodes = run.advance(sum(counts), sum(episode_lists, []), seconds)
             history += [(step, value) for step, value, _ in episodes]
             if not all(map(math.isfinite, losses.values())):
                 problem = f"the loss became NaN or infinite at step {run.global_step}"
@@ -1022,10 +1025,12 @@ def train(args: Args, signals: Sequence[int] = ()) -> dict:
             scalars["charts/learning_rate"] = optimizer.lr
 
             is_done = run.is_done(args) or bool(stopped_by)
+            is_due = is_done or run.seconds - run.saved_at >= args.checkpoint_interval
             with together():
                 if RANK == 0:
                     log(writer, run, episodes, scalars)
-                    keep(run_dir, writer, agent, optimizer, run, args, is_done)
+                    show(run, args, is_due, is_done)
+                    save_and_film(run_dir, writer, agent, optimizer, run, args, is_due)
 
         if len({*gather(zlib.crc32(optimizer.vector.cpu().numpy()))}) > 1:
             raise RuntimeError("the processes have learned different parameters: please report it")

@@ -91,6 +91,8 @@ def first_time(rows: list[dict], name: str) -> tuple[str, float]:
     seconds = np.nan_to_num(numbers(rows, f"{name}_seconds"), nan=np.inf)
     steps = np.nan_to_num(numbers(rows, f"{name}_steps"), nan=np.inf)
     misses = int(np.isinf(seconds).sum())
+    if misses == len(rows):
+        return f"never ({misses} of {misses})", math.inf
     median = statistics.median(seconds)
     text = "never" if np.isinf(median) else f"{amount(statistics.median(steps))}, {median:.3g} s"
     return text + (f" ({misses} of {len(rows)} never)" if misses else ""), median
@@ -116,7 +118,7 @@ def held_out_table() -> str:
         cells = [f"{task.total_timesteps:,}", str(task.mark), describe(rows), f"{worst:.1f}"]
         table.append([env_id, *cells, first_time(rows, "solved")[0]])
     header = ["environment", "steps", "mark", "mean [95% interval] (seeds)", "worst seed"]
-    header.append("at the mark")
+    header.append("mark reached after (median)")
     return markdown(header, table)
 
 
@@ -148,7 +150,7 @@ def target_table() -> str:
             rows = rows_of("learning.csv", contender, env_id)
             reached = int(np.isfinite(numbers(rows, "target_steps")).sum())
             cells = [f"{reached} of {len(rows)}", first_time(rows, "target")[0].partition(" (")[0]]
-            table.append([f"{env_id}, {target}", contender, *cells])
+            table.append([f"{env_id}, {target}", LABELS[contender], *cells])
     return markdown(["environment, target", "", "seeds that reached it", "median"], table)
 
 
@@ -195,7 +197,7 @@ TABLES = {
 def worth(detail: str) -> str:
     """Mean change by a detail in each task that has it."""
     changes = [effects(env_id).get(detail) for env_id in ablation.TASKS]
-    return " / ".join("" if change is None else f"{change.mean():+.0f}" for change in changes)
+    return " / ".join("–" if change is None else f"{change.mean():+.0f}" for change in changes)
 
 
 def lines(script: str) -> str:
