@@ -3,10 +3,11 @@
     python tests/benchmark/plot.py             # draws the figures, and renews the README
 
 In the README a table stands between <!-- NAME --> and <!-- end -->, as do, in one line, the effect
-of a detail, <!-- worth DETAIL -->, the length of a script, <!-- lines SCRIPT -->, and that of a
-recipe, <!-- changes RECIPE -->. A link to a line of code has that code as its text, which tells
-where it leads: [`code`](ppo_discrete.py#L1). Intervals are 95% intervals of the mean over the
-seeds, by the bootstrap: percentiles of the means of resampled seeds.
+of a detail, <!-- worth DETAIL -->, a mean return, <!-- mean ENVIRONMENT -->, the length of a
+script, <!-- lines SCRIPT -->, and that of a recipe, <!-- changes RECIPE -->. A link to a line of
+code has that code as its text, which tells where it leads: [`code`](ppo_discrete.py#L1). Intervals
+are 95% intervals of the mean over the seeds, by the bootstrap: percentiles of the means of
+resampled seeds.
 """
 
 import ast
@@ -230,7 +231,12 @@ def changes(recipe: str) -> str:
     return str(len(re.findall(r"^[+-]", "\n".join(hunks), re.MULTILINE)))
 
 
-INLINE = {"worth": worth, "lines": lines, "changes": changes}
+def mean(env_id: str) -> str:
+    """Mean greedy return of the defaults."""
+    return f"{numbers(rows_of('learning.csv', OURS, env_id), 'greedy_return').mean():.0f}"
+
+
+INLINE = {"worth": worth, "lines": lines, "changes": changes, "mean": mean}
 
 
 def renew(readme: str) -> str:
@@ -246,7 +252,7 @@ def renew(readme: str) -> str:
         return f"[`{match[1]}`]({match[2]}#L{line_of(match[1], match[2])})"
 
     readme = re.sub(r"(<!-- ([\w ]+?) -->\n).*?(<!-- end -->)", table, readme, flags=re.DOTALL)
-    readme = re.sub(r"(<!-- (worth|lines|changes) (.+?) -->).*?(<!-- end -->)", inline, readme)
+    readme = re.sub(r"(<!-- (worth|lines|changes|mean) (.+?) -->).*?(<!-- end -->)", inline, readme)
     return re.sub(r"\[`([^`]+)`\]\((\w+\.py)#L\d+\)", link, readme)
 
 
