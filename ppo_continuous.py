@@ -60,7 +60,7 @@ class Args:
     torch_deterministic: bool = True  # let cuDNN use deterministic algorithms only
     cuda: bool = True  # use a GPU where there is one
     compile: bool = False  # compile the gradient: pays from about 600k steps on
-    run_dir: str | None = None  # folder of the run (default: a new one under runs/)
+    run_dir: str | None = None  # folder of the run; None: a new one under runs/
     checkpoint_interval: float = 5.0  # seconds of training between checkpoints, at least
     resume: str | None = None  # go on with this run, its folder or one of its checkpoints
     auto_resume: bool = False  # go on with the run in --run-dir where there is one, else start it
@@ -80,7 +80,7 @@ class Args:
     activation: Literal["tanh", "relu"] = "tanh"  # nonlinearity of the hidden layers
     norm_obs: bool = True  # normalise observations by their running mean and variance
     norm_reward: bool = True  # divide rewards by the running deviation of the return
-    noise_color: float = 0.5  # β of the action noise at first, then falls to 0: 1 = pink, 0 = white
+    noise_color: float = 0.5  # β of the action noise at first, falling to 0: 0 = white, 1 = pink
 
     learning_rate: float = 8e-4  # step size of Adam at the start
     anneal_lr: bool = True  # lower the learning rate linearly to 0 over the run
