@@ -122,12 +122,11 @@ def test_bootstrap_interval_of_the_mean():
 
 
 def test_a_run_that_never_reaches_the_mark_counts_as_last():
-    rows = [
-        {"solved_steps": steps, "solved_seconds": seconds}
-        for steps, seconds in (("1000", "1"), ("", ""), ("3000", "5"), ("", ""), ("2000", "2"))
-    ]
-    assert plot.first_time(rows, "solved") == ("3k, 5 s (2 of 5 never)", 5)
-    assert plot.first_time(rows[1:4], "solved")[0] == "never (2 of 3 never)"
+    rows = [{"solved_steps": steps} for steps in ("1000", "", "3000", "", "2000")]
+    assert plot.first_time(rows, "solved") == "3k (2 of 5 never)"
+    assert plot.first_time(rows[1:4], "solved") == "never (2 of 3 never)"
+    assert plot.first_time(rows[1:2], "solved") == "never (1 of 1)"
+    assert plot.first_time([], "solved") == "not run"
 
 
 @pytest.fixture
@@ -166,7 +165,7 @@ def test_figures_and_tables_take_each_run_once(results):
     (row,) = [row for row in plot.results_table().splitlines() if row.startswith("| Pendulum")]
     assert "| -125.0 [-150.0, -100.0] (2) | -150.0 | not run |" in row
     assert "| Pendulum-v1 | -100 | -150 |" in plot.seeds_table()
-    assert "| Pendulum-v1 (-200) | never (2 of 2) | not run |  |" in plot.solve_table()
+    assert "| Pendulum-v1 (-200) | never (2 of 2) | not run |" in plot.solve_table()
 
 
 def test_effects_are_between_runs_of_the_same_seed(results):

@@ -85,18 +85,17 @@ def describe(rows: list[dict]) -> str:
     return f"{values.mean():.1f} [{low:.1f}, {high:.1f}] ({len(rows)})"
 
 
-def first_time(rows: list[dict], name: str) -> tuple[str, float]:
-    """Median steps and seconds to a mark, as text and in seconds; never is later than any."""
+def first_time(rows: list[dict], name: str) -> str:
+    """Median steps to a mark; never is later than any number."""
     if not rows:
-        return "not run", math.nan
-    seconds = np.nan_to_num(numbers(rows, f"{name}_seconds"), nan=np.inf)
+        return "not run"
     steps = np.nan_to_num(numbers(rows, f"{name}_steps"), nan=np.inf)
-    misses = int(np.isinf(seconds).sum())
+    misses = int(np.isinf(steps).sum())
     if misses == len(rows):
-        return f"never ({misses} of {misses})", math.inf
-    median = statistics.median(seconds)
-    text = "never" if np.isinf(median) else f"{amount(statistics.median(steps))}, {median:.3g} s"
-    return text + (f" ({misses} of {len(rows)} never)" if misses else ""), median
+        return f"never ({misses} of {misses})"
+    median = statistics.median(steps)
+    text = "never" if np.isinf(median) else amount(median)
+    return text + (f" ({misses} of {len(rows)} never)" if misses else "")
 
 
 def results_table() -> str:
@@ -117,7 +116,7 @@ def held_out_table() -> str:
         rows = rows_of("learning.csv", OURS, env_id)
         worst = min(by_seed(rows).values(), default=math.nan)
         cells = [f"{task.total_timesteps:,}", str(task.mark), describe(rows), f"{worst:.1f}"]
-        table.append([env_id, *cells, first_time(rows, "solved")[0]])
+        table.append([env_id, *cells, first_time(rows, "solved")])
     header = ["environment", "steps", "mark", "mean [95% interval] (seeds)", "worst seed"]
     header.append("mark reached after (median)")
     return markdown(header, table)
@@ -136,12 +135,10 @@ def seeds_table() -> str:
 def solve_table() -> str:
     table = []
     for env_id, task in TASKS.items():
-        ours, fast = first_time(rows_of("learning.csv", OURS, env_id), "solved")
-        peer, slow = first_time(rows_of("learning.csv", PEER, env_id), "solved")
-        ratio = f"{slow / fast:.1f} x" if np.isfinite([slow, fast]).all() else ""
-        table.append([f"{env_id} ({task.mark})", ours, peer, ratio])
-    header = ["environment (mark)", "ours", "Stable-Baselines3, Zoo's settings", "ratio of seconds"]
-    return markdown(header, table)
+        both = [rows_of("learning.csv", contender, env_id) for contender in (OURS, PEER)]
+        times = [first_time(rows, "solved") for rows in both]
+        table.append([f"{env_id} ({task.mark})", *times])
+    return markdown(["environment (mark)", "ours", "Stable-Baselines3, Zoo's settings"], table)
 
 
 def target_table() -> str:
@@ -150,7 +147,7 @@ def target_table() -> str:
         for contender in (OURS, PEER):
             rows = rows_of("learning.csv", contender, env_id)
             reached = int(np.isfinite(numbers(rows, "target_steps")).sum())
-            cells = [f"{reached} of {len(rows)}", first_time(rows, "target")[0].partition(" (")[0]]
+            cells = [f"{reached} of {len(rows)}", first_time(rows, "target").partition(" (")[0]]
             table.append([f"{env_id}, {target}", LABELS[contender], *cells])
     return markdown(["environment, target", "", "seeds that reached it", "median"], table)
 
