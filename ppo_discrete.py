@@ -305,7 +305,8 @@ def train(args: Args, checkpoint: dict | None = None, signals=()) -> dict:
     if RANK == 0 and not args.evaluate:  # the first process writes and prints
         writer = SummaryWriter(run_dir, purge_step=run["global_step"] + 1)
 
-    torch._dynamo.config.trace_autograd_ops = True  # --compile: the gradient too, in one graph
+    if hasattr(torch._dynamo.config, "trace_autograd_ops"):  # since PyTorch 2.11
+        torch._dynamo.config.trace_autograd_ops = True  # --compile: loss and gradient in one graph
     step_gradient = torch.compile(gradient, dynamic=False) if args.compile else gradient
     rollouts = collect(envs, agent, derive_seed(args.seed, 1, run["global_step"], RANK), args)
     is_over = bool(args.evaluate)
