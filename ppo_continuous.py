@@ -157,7 +157,7 @@ def compute_gae(rewards, values, terminations, dones, gamma, gae_lambda) -> Tens
     deltas = rewards + gamma * values[1:] * ~terminations - values[:-1]
     advantages, last = torch.empty_like(deltas), 0.0
     for t in reversed(range(len(deltas))):
-        advantages[t] = last = deltas[t] + gamma * gae_lambda * ~dones[t] * last
+        advantages[t] = last = deltas[t] + gamma * gae_lambda * last * ~dones[t]
     return advantages
 
 

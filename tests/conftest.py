@@ -6,12 +6,14 @@ import sys
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; subprocesses inherit it
+os.environ["SDL_VIDEODRIVER"] = "dummy"  # windows that nobody sees
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ["PYTHONPATH"] = str(ROOT / "tests")
 
 import envs  # noqa: E402, F401 - registers the environments of the tests
 import pytest  # noqa: E402
+import torch  # noqa: E402
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: E402
 
 SCRIPTS = ["ppo_discrete", "ppo_continuous"]
@@ -40,32 +42,27 @@ def args(script, kind, tmp_path):
     return make
 
 
-def command(script: str, *options: str) -> list[str]:
+def start(script, args, learning_rate: float = 1e-3):
+    """Environments, agent, flat parameters and optimizer, as `train` makes them."""
+    vector = script.make_envs(args, args.num_envs)
+    torch.manual_seed(args.seed)
+    agent = script.Agent(vector.single_observation_space, vector.single_action_space, args)
+    params = torch.nn.utils.parameters_to_vector(agent.parameters()).detach()
+    torch.nn.utils.vector_to_parameters(params, agent.parameters())
+    return vector, agent, params, torch.optim.Adam([params], learning_rate, eps=1e-5, fused=True)
+
+
+def command(script: str, *options) -> list[str]:
     return [sys.executable, str(ROOT / f"{script}.py"), *map(str, options)]
 
 
-def run(script: str, *options: str, cwd: Path) -> subprocess.CompletedProcess:
+def run(script: str, *options, cwd: Path) -> subprocess.CompletedProcess:
     """The script as a process of its own, with the environments of envs.py within reach."""
     return subprocess.run(command(script, *options), cwd=cwd, capture_output=True, text=True)
 
 
-def children(pid: int) -> list[int]:
-    """The processes that a process has started."""
-    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True)
-    return [int(child) for child in listed.stdout.split()]
-
-
-def curves(run_dir) -> dict[str, list[tuple[int, float]]]:
-    """What TensorBoard's own reader finds: (step, value) of each tag."""
-    reader = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
-    return {
-        tag: [(event.step, event.value) for event in reader.Scalars(tag)]
-        for tag in reader.Tags()["scalars"]
-    }
-
-
-def main(script, options: list, monkeypatch) -> int:
-    """The script's `main` in this process; returns its exit code."""
+def main(script, options: list, monkeypatch) -> int | str:
+    """The script's `main` in this process; returns its exit code, or the message it ends with."""
     monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, options)])
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -76,3 +73,12 @@ def main(script, options: list, monkeypatch) -> int:
         for number, handler in handlers.items():
             signal.signal(number, handler)
     return 0
+
+
+def curves(run_dir) -> dict[str, list[tuple[int, float]]]:
+    """What TensorBoard's own reader finds: (step, value) of each tag."""
+    reader = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
+    return {
+        tag: [(event.step, event.value) for event in reader.Scalars(tag)]
+        for tag in reader.Tags()["scalars"]
+    }

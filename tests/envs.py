@@ -4,6 +4,7 @@ Each takes `continuous`: with it an action is one number in [-1, 1], without it 
 """
 
 import os
+import signal
 
 import gymnasium as gym
 import numpy as np
@@ -184,24 +185,33 @@ class Seeds(Tiny):
 
 
 class Broken(Tiny):
-    """Ten good steps an environment, then a value that is not finite."""
+    """So many good steps an environment, then a value that is not finite."""
 
-    def __init__(self, continuous: bool, obs: float = 0.0, reward: float = 0.0):
+    def __init__(self, continuous: bool, steps: int = 10, obs: float = 0.0, reward: float = 0.0):
         super().__init__(continuous)
-        self.obs, self.reward = obs, reward
+        self.good, self.obs, self.reward = steps, obs, reward
+
+    def observe(self):
+        return np.full(1, self.obs if self.t >= self.good else 0, np.float32)
 
     def step(self, action):
         self.t += 1
-        if self.t <= 10:
-            return self.observe(), 0.0, False, False, {}
-        return np.full(1, self.obs, np.float32), self.reward, False, False, {}
+        return self.observe(), self.reward if self.t >= self.good else 0.0, False, False, {}
 
 
-class BrokenInOne(Broken):
-    """`Broken`, but only in the second process of torchrun."""
+class Interrupted(Tiny):
+    """A Ctrl-C in the tenth step, and a failure in the twelfth, in the same iteration."""
 
-    def __init__(self, continuous: bool):
-        super().__init__(continuous, obs=np.nan if os.environ.get("RANK") == "1" else 0.0)
+    was_sent = False
+
+    def step(self, action):
+        self.t += 1
+        if self.t == 10 and not Interrupted.was_sent:
+            Interrupted.was_sent = True
+            os.kill(os.getpid(), signal.SIGINT)
+        if self.t == 12:
+            raise RuntimeError("the simulator has crashed")
+        return self.observe(), 0.0, False, False, {}
 
 
 class Drawn(Tiny):
@@ -223,6 +233,23 @@ class Drawn(Tiny):
         return np.full((64, 64, 3), self.t * 80, np.uint8)
 
 
+class DrawnVector(CountingVector):
+    """The native vector version of `Drawn` has other observations, as Atari's has."""
+
+    def __init__(self, num_envs: int, continuous: bool):
+        super().__init__(num_envs, continuous)
+        self.single_observation_space = spaces.Box(-np.inf, np.inf, (2,), np.float32)
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+
+    def reset(self, *, seed=None, options=None):
+        obs, infos = super().reset(seed=seed)
+        return np.repeat(obs, 2, 1), infos
+
+    def step(self, actions):
+        obs, rewards, *rest = super().step(actions)
+        return np.repeat(obs, 2, 1), np.nan_to_num(rewards), *rest
+
+
 class Strict(gym.Env):
     """Refuses an action that is not in its space exactly as declared; remembers those it got."""
 
@@ -242,22 +269,50 @@ class Strict(gym.Env):
         return self.observation_space.sample(), 0.0, False, len(self.actions) % 7 == 0, {}
 
 
+class Mission(spaces.Space):
+    """A space that Gymnasium does not know."""
+
+    def sample(self, mask=None, probability=None):
+        return "go to the door"
+
+    def contains(self, x):
+        return isinstance(x, str)
+
+
+class Target(gym.Env):
+    """One step; the nearer the action comes to a target, the better."""
+
+    observation_space = spaces.Box(0, 1, (1,), np.float32)
+
+    def __init__(self, action_space: spaces.Box, target: float):
+        self.action_space, self.target = action_space, target
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        assert action in self.action_space, f"{action!r} is not in {self.action_space}"
+        distance = np.abs(action.astype(float) - self.target).mean()
+        return np.zeros(1, np.float32), -float(distance), True, False, {}
+
+
 class Digits(gym.Env):
     """One step: repeat the digits that are shown; reward is the share of them that is right."""
 
     def __init__(self, nvec=(2, 5, 3), start=(0, -2, 7), dtype=np.int64):
         self.action_space = spaces.MultiDiscrete(nvec, dtype, start=start)
-        self.observation_space = spaces.MultiDiscrete(nvec)
+        self.observation_space = spaces.Dict(shown=spaces.MultiDiscrete(nvec))
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
-        self.shown = self.np_random.integers(self.observation_space.nvec)
-        return self.shown, {}
+        self.shown = self.np_random.integers(self.action_space.nvec)
+        return {"shown": self.shown}, {}
 
     def step(self, action):
         assert action in self.action_space, f"{action!r} is not in {self.action_space}"
         reward = np.mean(action - self.action_space.start == self.shown)
-        return self.shown.copy(), float(reward), True, False, {}
+        return {"shown": self.shown.copy()}, float(reward), True, False, {}
 
 
 class HighestValid(gym.Env):
@@ -359,13 +414,19 @@ ENVS = {
     "Endless": Endless,
     "Counting": Counting,
     "Seeds": Seeds,
-    "BrokenInOne": BrokenInOne,
-    "Drawn": Drawn,
+    "Interrupted": Interrupted,
 }
 VECTOR_ENVS = {
     "CountingVector": CountingVector,
     "SameStepVector": SameStepVector,
     "UnsaidModeVector": UnsaidModeVector,
+}
+OBSERVATIONS = {
+    "Plane": spaces.Box(-1, 1, (2, 3), np.float64),
+    "Cell": spaces.Discrete(5, start=2),
+    "Mixed": spaces.Dict({"a": spaces.Discrete(3), "b": spaces.Box(-1, 1, (2, 2), np.float32)}),
+    "Sequence": spaces.Sequence(spaces.Discrete(2)),
+    "Mission": spaces.Dict({"mission": Mission(), "image": spaces.Box(0, 1, (3,), np.float32)}),
 }
 
 for kind in ("Discrete", "Continuous"):
@@ -374,19 +435,28 @@ for kind in ("Discrete", "Continuous"):
         gym.register(f"tests/{name}{kind}-v0", env, kwargs=kwargs)
     for name, env in VECTOR_ENVS.items():
         gym.register(f"tests/{name}{kind}-v0", vector_entry_point=env, kwargs=kwargs)
-    for value in (np.nan, np.inf):
-        gym.register(f"tests/{value}Obs{kind}-v0", Broken, kwargs=kwargs | {"obs": value})
-        gym.register(f"tests/{value}Reward{kind}-v0", Broken, kwargs=kwargs | {"reward": value})
-    action_space = binary_action_space(**kwargs)
-    sequence = spaces.Sequence(spaces.Discrete(2))
+    for name, options in {
+        "NanStart": {"steps": 0, "obs": np.nan},
+        "NanObs": {"obs": np.nan},
+        "InfReward": {"reward": np.inf},
+    }.items():
+        gym.register(f"tests/{name}{kind}-v0", Broken, kwargs=kwargs | options)
+    gym.register(f"tests/Drawn{kind}-v0", Drawn, vector_entry_point=DrawnVector, kwargs=kwargs)
     gym.register(
-        f"tests/Sequence{kind}-v0",
-        Strict,
-        kwargs={"action_space": action_space, "observation_space": sequence},
+        f"tests/Counted{kind}-v0",
+        Endless,
+        kwargs=kwargs,
+        additional_wrappers=(gym.wrappers.RecordEpisodeStatistics.wrapper_spec(),),
     )
-gym.register(
-    "tests/MultiDiscrete-v0", Strict, kwargs={"action_space": spaces.MultiDiscrete([2, 3])}
-)
+    for name, space in OBSERVATIONS.items():
+        options = {"action_space": binary_action_space(**kwargs), "observation_space": space}
+        gym.register(f"tests/{name}{kind}-v0", Strict, kwargs=options)
+gym.register("tests/MultiDiscrete-v0", Strict, kwargs={"action_space": spaces.MultiDiscrete([2])})
+gym.register("tests/Start-v0", Strict, kwargs={"action_space": spaces.Discrete(3, start=-1)})
+ones = {"action_space": spaces.Box(0, 1, (3,), np.int8), "target": 1}
+gym.register("tests/ThreeOnes-v0", Target, kwargs=ones)
+beyond = {"action_space": spaces.Box(50, np.inf, (1,), np.float32), "target": 52}
+gym.register("tests/Beyond50-v0", Target, kwargs=beyond)
 gym.register("tests/Digits-v0", Digits)
 grid = {"nvec": [[2, 3], [4, 5]], "start": [[0, 1], [2, 3]], "dtype": np.int8}
 gym.register("tests/Grid-v0", Digits, kwargs=grid)

@@ -1,6 +1,5 @@
 """The recipes: each patch applies to the script of now, which then does what the patch says."""
 
-import contextlib
 import functools
 import importlib.util
 import json
@@ -14,85 +13,186 @@ import sys
 import tempfile
 from collections import defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, curves
-from envs import Recall, Walk
+from conftest import ROOT, curves, main, start
 from gymnasium import spaces
 from torch import nn
 from torch.distributions import Categorical, Normal, TransformedDistribution, kl_divergence
 from torch.distributions.transforms import TanhTransform
 
+import ppo_continuous
+
 RECIPES = ROOT / "tests" / "recipes"
-SMALL = dict(num_envs=2, num_steps=8, num_minibatches=2, update_epochs=1, eval_episodes=0)
+NAMES = sorted(path.stem for path in RECIPES.glob("*.patch"))
+ENVIRONMENTS = {
+    "action_masking": "tests/HighestValid-v0",
+    "cnn": "tests/Corner-v0",
+    "gru": "tests/Walk-v0",
+    "multidiscrete": "tests/Digits-v0",
+    "wandb": "tests/CountingDiscrete-v0",
+}
+SMALL = dict(num_envs=4, num_steps=16, num_minibatches=2, update_epochs=2)
 FOLDER = tempfile.TemporaryDirectory()  # for the patched scripts
+
+
+def script_of(name: str) -> str:
+    return re.search(r"^--- a/(.+)$", (RECIPES / f"{name}.patch").read_text(), re.MULTILINE)[1]
 
 
 @functools.cache
 def patched(name: str) -> Path:
     """The script that a recipe makes."""
-    patch, folder = RECIPES / f"{name}.patch", Path(FOLDER.name) / name
-    script = re.search(r"^\+\+\+ b/(.+)$", patch.read_text(), re.MULTILINE)[1]
+    folder = Path(FOLDER.name) / f"recipe_{name}"
     folder.mkdir()
-    shutil.copy(ROOT / script, folder)
-    subprocess.run(["git", "apply", patch], cwd=folder, check=True)
-    return folder / script
+    shutil.copy(ROOT / script_of(name), folder)
+    subprocess.run(["git", "apply", RECIPES / f"{name}.patch"], cwd=folder, check=True)
+    return folder / script_of(name)
 
 
 @functools.cache
 def recipe(name: str):
     """The module of that script."""
-    path = patched(name)
-    name = f"recipe_{name}"  # one of them is named like the package that it imports
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec = importlib.util.spec_from_file_location(f"recipe_{name}", patched(name))
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-ENVIRONMENTS = {
-    "action_masking": "envs:tests/HighestValid-v0",
-    "cnn": "envs:tests/Corner-v0",
-    "multidiscrete": "envs:tests/Digits-v0",
-}
-NAMES = sorted(path.stem for path in RECIPES.iterdir())
+def arguments(name: str, **options):
+    """The `Args` of a recipe for a small run, in an environment that suits it."""
+    env_id = ENVIRONMENTS.get(name, "tests/CountingContinuous-v0")
+    return recipe(name).Args(**SMALL | {"env_id": env_id, "eval_episodes": 0} | options)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_recipe_trains_goes_on_and_plays(name, tmp_path):
-    env = ["--env-id", ENVIRONMENTS[name]] if name in ENVIRONMENTS else []
-    size = ["--num-envs", "16", "--num-steps", "16", "--num-minibatches", "2"]
-    for options in (
-        [*env, *size, "--run-dir", "run", "--total-timesteps", "512"],
-        ["--resume", "run", "--total-timesteps", "1024"],
-        ["--evaluate", "run"],
-    ):
-        command = [sys.executable, patched(name), *options, "--eval-episodes", "1"]
-        environ = os.environ | {"WANDB_MODE": "disabled"}
-        run = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True)
-        assert run.returncode == 0, run.stderr
-        assert "greedy return over 1 episodes" in run.stdout
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_recipe_says_what_it_does_and_is_in_the_readme(name):
-    text, patch, _ = (RECIPES / f"{name}.patch").read_text().partition("\n--- a/")
-    assert 50 < len(text) and text.count("\n") <= 3 and patch
-    assert f"[{name}](tests/recipes/{name}.patch)" in (ROOT / "README.md").read_text()
-
-
-def make_agent(script, actions=None, seed: int = 3):
-    """An agent with a policy that depends on the state."""
-    torch.manual_seed(seed)
-    actions = actions or spaces.Box(-1, 1, (2,))
-    agent = script.Agent(spaces.Box(-1, 1, (4,)), actions, script.Args())
-    with torch.no_grad():
-        agent.actor[-1].weight *= 100
-        agent.actor_logstd += torch.linspace(-0.5, 0.5, len(agent.actor_logstd))
+def make_agent(name: str, actions: spaces.Space, obs_dim: int = 4):
+    """An agent whose policy depends on the state."""
+    script = recipe(name)
+    torch.manual_seed(3)
+    agent = script.Agent(spaces.Box(-1, 1, (obs_dim,)), actions, script.Args())
+    for parameter in agent.parameters():
+        nn.init.normal_(parameter, std=0.4)
     return agent
+
+
+def parameters(module) -> torch.Tensor:
+    return nn.utils.parameters_to_vector(module.parameters()).detach()
+
+
+def chi_square(counts: torch.Tensor, probabilities: torch.Tensor) -> float:
+    expected = counts.sum() * probabilities
+    return ((counts - expected).square() / expected).sum().item()
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """What W&B is told, in a list instead of to W&B."""
+    calls, wandb = [], recipe("wandb").wandb
+    monkeypatch.setattr(wandb, "init", lambda **options: calls.append(options))
+    monkeypatch.setattr(wandb.tensorboard, "patch", lambda **options: calls.append(options))
+    return calls
+
+
+# All of them
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_trains_goes_on_and_plays(name, tmp_path, monkeypatch, capsys, request):
+    if name == "wandb":
+        request.getfixturevalue("told")
+    monkeypatch.chdir(tmp_path)
+    sizes = [f"--{key.replace('_', '-')}={value}" for key, value in SMALL.items()]
+    options = ["--run-dir=run", "--env-id", arguments(name).env_id, *sizes, "--eval-episodes=3"]
+    said = []
+    for command in (
+        [*options, "--total-timesteps=100"],
+        [*options, "--total-timesteps=200"],
+        ["--evaluate=run/checkpoint.pt"],
+    ):
+        assert main(recipe(name), command, monkeypatch) == 0
+        said.append(re.search(r"greedy return of 3 episodes: .+", capsys.readouterr().out)[0])
+    assert said[1] == said[2]  # a checkpoint has all that acting needs
+    (first, *_, last) = steps = [step for step, _ in curves("run")["charts/SPS"]]
+    assert 0 < first <= 64 and 200 <= last <= 264 and steps == sorted(set(steps))
+
+
+def test_patched_scripts_are_clean():
+    ruff = pytest.importorskip("ruff").find_ruff_bin()
+    for command in (["format", "--check"], ["check", "--no-cache"]):
+        command = [ruff, *command, "--config", ROOT / ".ruff.toml", *map(patched, NAMES)]
+        run = subprocess.run(command, capture_output=True, text=True)
+        assert run.returncode == 0, run.stdout
+
+
+def test_readme_lists_each_recipe_with_its_changed_lines():
+    rows = re.findall(
+        r"^\| \[(.+?)\]\((.+?)\) \| `(.+?)` \| .+ \| (\d+) \|$",
+        (RECIPES / "README.md").read_text(),
+        re.MULTILINE,
+    )
+    assert [name for name, *_ in rows] == NAMES
+    for name, link, script, changes in rows:
+        text, _, hunks = (RECIPES / link).read_text().partition("\n--- a/")
+        assert link == f"{name}.patch" and script == script_of(name)
+        assert text.count("\n") <= 3
+        assert len(re.findall(r"^(?:\+(?!\+\+ b/)|-)", hunks, re.MULTILINE)) == int(changes)
+
+
+@pytest.fixture
+def repository(tmp_path):
+    """A git repository with a script, a recipe and renew.py; returns what works with them."""
+    (tmp_path / "tests/recipes").mkdir(parents=True)
+    for file in ("ppo_continuous.py", "tests/recipes/renew.py", "tests/recipes/shared_trunk.patch"):
+        shutil.copy(ROOT / file, tmp_path / file)
+    environ = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "TMPDIR": str(tmp_path)}
+
+    def run(*command) -> subprocess.CompletedProcess:
+        settings = dict(cwd=tmp_path, env=environ, capture_output=True, text=True)
+        return subprocess.run([*map(str, command)], **settings)
+
+    def edit(old: str, new: str, file=tmp_path / "ppo_continuous.py") -> str:
+        assert old in file.read_text()
+        file.write_text(file.read_text().replace(old, new))
+        return file.read_text()
+
+    run("git", "init", "-q")
+    run("git", "config", "user.email", "a@b.c")
+    run("git", "config", "user.name", "a")
+    run("git", "add", "ppo_continuous.py")
+    assert run("git", "commit", "-qm", "script").returncode == 0
+    return run, edit, tmp_path / "tests/recipes/shared_trunk.patch"
+
+
+def test_renew_follows_the_script(repository):
+    run, edit, patch = repository
+    before, renew = patch.read_text(), (sys.executable, "tests/recipes/renew.py")
+    assert "as before" in run(*renew).stdout and patch.read_text() == before
+
+    for line in ("self.critic = network(1, std=1.0)", "def network(outputs: int, std: float)"):
+        script = edit(line, f"pass\n        {line}")
+        assert run("git", "apply", "--check", patch).returncode == (1 if "critic" in line else 0)
+        assert "renewed, 4 changed lines" in run(*renew, "shared_trunk").stdout
+        text, _, hunks = patch.read_text().partition("--- a/")
+        assert text == before.partition("--- a/")[0] and "+        pass" not in hunks
+        assert run("git", "apply", patch).returncode == 0
+        assert run("git", "apply", "-R", patch).returncode == 0
+        assert edit("pass", "pass") == script
+
+    edit("self.actor = network(action_dim, std=0.01)", "self.actor = network(action_dim, 0.02)")
+    renewed = patch.read_text()
+    conflict = run(*renew)
+    assert conflict.returncode == 1 and patch.read_text() == renewed
+    mended = Path(re.search(r"CONFLICT, mend (\S+)", conflict.stdout)[1])
+    assert "<<<<<<<" in mended.read_text()
+    merged = re.sub(r"<{7}.+?={7}\n(.+?)>{7}.*?\n", r"\1", mended.read_text(), flags=re.DOTALL)
+    mended.write_text(merged)
+    assert run(*renew, f"shared_trunk={mended}").returncode == 0
+    assert run("git", "apply", patch).returncode == 0
+    assert edit("std=0.01", "std=0.01") == merged
 
 
 # adaptive_kl
@@ -105,145 +205,117 @@ def test_the_penalty_is_the_kl_from_the_old_to_the_new_policy():
     logstd = torch.tensor(math.log(0.4), dtype=torch.float64, requires_grad=True)
     old, new = Normal(torch.zeros((), dtype=torch.float64), 0.5), Normal(mean, logstd.exp())
     actions = old.icdf((torch.arange(n, dtype=torch.float64) + 0.5) / n)  # the old one's quantiles
-    weights, zeros = torch.full_like(actions, 1 / n), torch.zeros_like(actions)
-    mb = script.Batch(zeros, actions, old.log_prob(actions), zeros, zeros, zeros, weights)
-    args = script.Args(ent_coef=0)
-    loss, _ = script.ppo_loss(new.log_prob(actions), zeros, zeros, mb, args, beta=2.0)
+    zeros = torch.zeros_like(actions)
+    judge = {"get_logprob_and_entropy": lambda x, a: (new.log_prob(a), zeros)}
+    agent = SimpleNamespace(beta=2.0, critic=lambda x: zeros.unsqueeze(-1), **judge)
+    args, fixed = script.Args(norm_adv=False), (zeros, actions, old.log_prob(actions), zeros)
+    loss, _ = script.ppo_loss(agent, args, *fixed, zeros, zeros)
     exact = 2 * kl_divergence(old, new)  # 2 x 0.18; the other way round it would be 2 x 0.12
     torch.testing.assert_close(loss, exact, rtol=1e-3, atol=0)
     gradients = [torch.autograd.grad(y, [mean, logstd], retain_graph=True) for y in (loss, exact)]
     torch.testing.assert_close(*gradients, rtol=1e-3, atol=0)
-    mb = mb._replace(advantages=torch.where(actions > 0, 1.0, 0.0))  # E_old[r A] = π(a > 0)
-    loss, _ = script.ppo_loss(new.log_prob(actions), zeros, zeros, mb, args, beta=0.0)
-    assert -loss.item() == pytest.approx(1 - new.cdf(zeros[0]).item(), rel=1e-3)
+    agent.beta = 0.0
+    loss, _ = script.ppo_loss(agent, args, *fixed, (actions > 0).double(), zeros)
+    above = 1 - new.cdf(zeros[0])  # E_old[r(θ) A] = π(a > 0), nothing is clipped
+    torch.testing.assert_close(-loss, above, rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize(("share", "factor"), [(0.66, 0.5), (0.67, 1), (1.49, 1), (1.51, 2)])
-def test_beta_follows_the_kl(share, factor, monkeypatch):
-    script = recipe("adaptive_kl")
-    args = script.Args(**SMALL, target_kl=0.02)
-    envs = script.make_envs(args)
-    agent, optimizer, _ = script.begin(envs, args, None)
-    obs, _ = envs.reset(seed=1)
-    state = (script.flat(obs), np.zeros(2, bool), np.zeros(2, np.float32))
-    rollout, _, _ = script.collect(envs, agent, state, 0, args)
-    kl = torch.tensor(share * args.target_kl)
-    monkeypatch.setattr(script, "diagnose", lambda *_: {"approx_kl": kl})
+def test_beta_follows_the_kl(share, factor):
+    script, kl, calls = recipe("adaptive_kl"), math.exp(0.1) - 1 - 0.1, []
+    args = arguments("adaptive_kl", target_kl=kl / share)
+    envs, agent, params, optimizer = start(script, args)
+    rollout, _, _ = next(script.collect(envs, agent, 1, args))
+
+    def gradient(*_):
+        calls.append(None)
+        return torch.zeros_like(params), {"logratios": torch.full((8,), 0.1)}
+
     for before in (1.0, factor):
         assert agent.state_dict()["beta"] == before  # a checkpoint holds it
-        assert script.update(agent, optimizer, rollout, args)["beta"] == before
+        log = script.update(agent, params, optimizer, rollout, args, gradient)
+        assert log["losses/beta"] == before
     assert agent.beta == factor**2
-
-    (mb, *_) = script.minibatches(script.prepare(rollout, agent, args), args)
-    gradients = []
-    for beta in (0, 1, 3):  # a tensor, which a compiled gradient reads anew
-        agent.beta.fill_(beta)
-        gradients.append(script.gradient(agent, mb, args))
-    none, one, three = gradients
-    assert (one - none).norm() > 1e-4 * none.norm()
-    torch.testing.assert_close(three - none, 3 * (one - none), rtol=1e-2, atol=1e-4)
+    assert len(calls) == 8  # no epoch is left out
 
 
 # shared_trunk
 
 
-def test_both_losses_train_the_trunk_which_runs_once():
-    script = recipe("shared_trunk")
-    agent = make_agent(script)
-    x, calls = torch.randn(7, 4), []
-    agent.trunk.register_forward_hook(lambda *_: calls.append(None))
-    action, logprob, _, value = agent.get_action_and_value(x, torch.randn(7, 2))
-    assert len(calls) == 1
-    policy = Normal(agent.actor(x), agent.actor_logstd.exp())
-    torch.testing.assert_close(logprob, policy.log_prob(action).sum(-1))
-    assert torch.equal(value, agent.get_value(x))
-    weights = [layer.weight for layer in agent.trunk if hasattr(layer, "weight")]
+def test_both_losses_train_the_trunk():
+    agent = make_agent("shared_trunk", spaces.Box(-1, 1, (2,)))
+    x, action = torch.randn(7, 4), torch.randn(7, 2)
+    logprob, _ = agent.get_logprob_and_entropy(x, action)
+    weights = [layer.weight for layer in agent.critic[:-1] if hasattr(layer, "weight")]
     assert [weight.shape for weight in weights] == [(64, 4), (64, 64)]
-    for loss in (logprob.sum(), value.sum()):
-        assert all(g.any() for g in torch.autograd.grad(loss, weights, retain_graph=True))
+    for loss in (logprob.sum(), agent.critic(x).sum()):
+        assert all(g.any() for g in torch.autograd.grad(loss, weights))
     sizes = [5 * 64, 65 * 64, 65 * 1, 65 * 2, 2]  # trunk, value, mean, deviation: nothing twice
-    assert len(script.Adam(agent, 1e-3).vector) == sum(sizes)
+    assert len(parameters(agent)) == sum(sizes)
 
 
 # separate_learning_rates
 
 
-def test_adam_is_torchs_with_two_groups():
-    script = recipe("separate_learning_rates")
-    agent, other = make_agent(script), make_agent(script)
-    groups = [[*other.critic.parameters()], [other.actor_logstd, *other.actor.parameters()]]
-    groups = [{"params": group} for group in groups]
-    expected = torch.optim.Adam(groups, lr=1.0, eps=1e-5)
-    optimizer = script.Adam(agent, 1e-3)
-    for lr, value_lr in [(1e-2, 3e-2), (1e-3, 1e-4), (1e-2, 0.0), (0.0, 1e-2)]:
-        optimizer.lr, optimizer.value_lr = lr, value_lr
-        expected.param_groups[0]["lr"], expected.param_groups[1]["lr"] = value_lr, lr
-        gradient = torch.randn_like(optimizer.vector)
-        parts = gradient.split([parameter.numel() for parameter in other.parameters()])
-        for parameter, part in zip(other.parameters(), parts, strict=True):
-            parameter.grad = part.view_as(parameter)
-        optimizer.step(gradient)
-        expected.step()
-        for got, wanted in zip(agent.parameters(), other.parameters(), strict=True):
-            torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
+def test_each_network_learns_at_its_own_rate(tmp_path):
+    """Equal rates are the script itself; with a rate of 0, only the other network moves."""
+    script, rates = recipe("separate_learning_rates"), {}
 
+    def learn(script, **options):
+        folder = str(tmp_path / f"{len(rates)}")
+        options |= {"env_id": "tests/CountingContinuous-v0", "run_dir": folder}
+        args = script.Args(**SMALL, **options, total_timesteps=150, eval_episodes=0)
+        agent = script.train(args)["agent"]
+        rates[agent] = curves(folder)
+        return agent
 
-def test_both_rates_are_annealed_and_logged(tmp_path, monkeypatch):
-    script, rates, logged = recipe("separate_learning_rates"), [], []
-    update, names = script.update, ("charts/learning_rate", "charts/value_learning_rate")
-
-    def watch(agent, optimizer, *given):
-        rates.append((optimizer.lr, optimizer.value_lr))
-        return update(agent, optimizer, *given)
-
-    monkeypatch.setattr(script, "update", watch)
-    monkeypatch.setattr(script, "log", lambda *given: logged.append([given[3][n] for n in names]))
-    options = dict(learning_rate=1e-3, value_learning_rate=4e-3, total_timesteps=32)
-    script.train(script.Args(**SMALL, **options, cuda=False, run_dir=str(tmp_path / "run")))
-    expected = [(1e-3, 4e-3), (0.5e-3, 2e-3)]
-    np.testing.assert_allclose(rates, expected)
-    np.testing.assert_allclose(logged, expected)
+    base = learn(ppo_continuous, learning_rate=1e-3)
+    initial, equal, policy, value = (
+        learn(script, learning_rate=lr, value_learning_rate=value_lr)
+        for lr, value_lr in ((0.0, 0.0), (1e-3, 1e-3), (1e-3, 0.0), (0.0, 1e-3))
+    )
+    torch.testing.assert_close(parameters(equal), parameters(base))
+    for moved, at_rest in ((policy, "critic"), (value, "actor")):
+        for name, before in initial.named_parameters():
+            assert torch.equal(moved.get_parameter(name), before) == name.startswith(at_rest)
+    annealed = [lr for _, lr in rates[policy]["charts/learning_rate"]]
+    assert annealed[0] == pytest.approx(1e-3) and annealed == sorted(set(annealed), reverse=True)
+    assert [lr for _, lr in rates[value]["charts/value_learning_rate"]] == annealed
 
 
 # returns_minus_baseline
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_returns_are_the_discounted_rewards_and_what_is_left_at_the_end(seed):
+def test_returns_are_the_discounted_rewards_and_what_is_left_at_the_end():
     script, gamma, shape = recipe("returns_minus_baseline"), 0.9, (23, 7)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     resets = np.zeros((24, 7), bool)
     for t in range(23):  # a reset row ends nothing
         resets[t + 1] = ~resets[t] & (rng.random(7) < 0.3)
     dones, terminations = resets[1:], resets[1:] & (rng.random(shape) < 0.5)
     assert (dones & ~terminations).any() and terminations.any() and not dones[-1].all()
-    rewards, next_values = np.where(resets[:-1], 0, rng.normal(size=shape)), rng.normal(size=shape)
-    columns = (torch.tensor(c) for c in (rewards, next_values, terminations, dones))
+    rewards, values = np.where(resets[:-1], 0, rng.normal(size=shape)), rng.normal(size=(24, 7))
+    columns = (torch.tensor(column) for column in (rewards, values, terminations, dones))
     got = script.compute_returns(*columns, gamma).numpy()
     for t, env in np.argwhere(~resets[:-1]):
         last = t + [*dones[t:-1, env], True].index(True)
         steps = np.arange(last - t + 1)
         expected = gamma**steps @ rewards[t : last + 1, env]
         if not terminations[last, env]:
-            expected += gamma ** len(steps) * next_values[last, env]
+            expected += gamma ** len(steps) * values[last + 1, env]
         assert got[t, env] == pytest.approx(expected, abs=1e-12)
 
 
-def test_advantages_are_returns_minus_values_and_time_limits_are_bootstrapped():
+def test_the_same_is_learned_as_from_gae_with_lambda_1(tmp_path):
+    options = dict(total_timesteps=50, eval_episodes=0, env_id="tests/CountingContinuous-v0")
+    options |= SMALL | {"run_dir": str(tmp_path)}
     script = recipe("returns_minus_baseline")
-    args = script.Args(env_id="Pendulum-v1", num_envs=2, num_steps=250, norm_reward=False)
-    envs = script.make_envs(args)
-    agent, _, _ = script.begin(envs, args, None)
-    obs, _ = envs.reset(seed=1)
-    state = (script.flat(obs), np.zeros(2, bool), np.zeros(2, np.float32))
-    rollout, _, _ = script.collect(envs, agent, state, 0, args)
-    batch = script.prepare(rollout, agent, args)
-    torch.testing.assert_close(batch.advantages, batch.returns - batch.values)
-    returns = batch.returns.view(250, 2)
-    bootstrap = agent.get_value(agent.normalize(rollout.obs[200]))
-    assert rollout.resets[200].all() and not rollout.terminations.any()  # the time limit
-    expected = rollout.rewards[199] + args.gamma * bootstrap
-    torch.testing.assert_close(returns[199], expected)
+    results = [
+        script.train(script.Args(**options)),
+        ppo_continuous.train(ppo_continuous.Args(**options, gae_lambda=1.0)),
+    ]
+    got, expected = (parameters(result["agent"]) for result in results)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
 
 
 # squashed_policy
@@ -255,12 +327,12 @@ def tanh_policy(agent, x):
 
 
 def test_log_density_is_that_of_the_squashed_action():
-    script = recipe("squashed_policy")
-    agent = make_agent(script, spaces.Box(-3, 5, (2,))).double()
+    agent = make_agent("squashed_policy", spaces.Box(-3, 5, (2,))).double()
     x = torch.randn(50, 4, dtype=torch.float64)
-    u, logprob, _, _ = agent.get_action_and_value(x)
+    u = agent.get_action(x).detach()
+    logprob, _ = agent.get_logprob_and_entropy(x, u)
     torch.testing.assert_close(logprob, tanh_policy(agent, x).log_prob(u.tanh()).sum(-1))
-    np.testing.assert_allclose(agent.to_env(u.detach().numpy()), 1 + 4 * u.tanh().detach())
+    np.testing.assert_allclose(agent.to_env(u), 1 + 4 * u.tanh(), rtol=1e-6)
     far = torch.tensor([[-90.0, 90.0]]).requires_grad_()  # where 1 - tanh² u rounds to 0
     slope = agent.log_slope(far)
     torch.testing.assert_close(slope, 2 * math.log(2) - 2 * far.abs())
@@ -269,379 +341,334 @@ def test_log_density_is_that_of_the_squashed_action():
 
 def test_entropy_and_its_gradient_are_those_of_the_squashed_policy():
     """The mean of the estimates against an integral over the actions of one state."""
-    script = recipe("squashed_policy")
-    agent, x = make_agent(script, spaces.Box(-1, 1, (2,))).double(), torch.ones(1, 4).double()
-    parameters = [agent.actor_logstd, agent.actor[-1].bias]
+    agent = make_agent("squashed_policy", spaces.Box(-1, 1, (2,))).double()
+    x, biases = torch.ones(1, 4).double(), [agent.actor_logstd, agent.actor[-1].bias]
     noise = Normal(0, 1).icdf((torch.arange(20_000).double() + 0.5) / 20_000).unsqueeze(-1)
     u = agent.actor(x) + agent.actor_logstd.exp() * noise
     exact = -tanh_policy(agent, x).log_prob(u.tanh()).mean(0).sum()
-    torch.manual_seed(0)
-    _, _, entropy, _ = agent.get_action_and_value(x.expand(100_000, 4), u[:1].detach())
+    _, entropy = agent.get_logprob_and_entropy(x.expand(100_000, 4), u[:1].detach())
     torch.testing.assert_close(entropy.mean(), exact, rtol=0, atol=0.02)
-    got = torch.autograd.grad(entropy.mean(), parameters)
-    torch.testing.assert_close(got, torch.autograd.grad(exact, parameters), rtol=0, atol=0.02)
+    got = torch.autograd.grad(entropy.mean(), biases)
+    torch.testing.assert_close(got, torch.autograd.grad(exact, biases), rtol=0, atol=0.02)
 
 
 def test_only_dimensions_with_both_bounds_are_squashed():
-    script, inf = recipe("squashed_policy"), np.inf
-    low, high = np.array([[-2, -inf], [0, -inf]]), np.array([[4, 0], [inf, inf]])
-    agent = make_agent(script, spaces.Box(low, high, dtype=np.float64))
-    u = torch.tensor([[0.5, -1.5, 1.5, 7.0], [9.0, 2.0, -2.0, -7.0]])
-    expected = [[[1 + 3 * math.tanh(0.5), -1.5], [1.5, 7]], [[1 + 3 * math.tanh(9), 0], [0, -7]]]
-    np.testing.assert_allclose(agent.to_env(u.numpy()), expected, rtol=1e-6)
-    x = torch.randn(2, 4)
-    gaussian = Normal(agent.actor(x), agent.actor_logstd.exp())
-    expected = gaussian.log_prob(u).sum(-1) - (1 - u[:, 0].double().tanh() ** 2).log()
-    _, logprob, _, _ = agent.get_action_and_value(x, u)
+    low, high = np.array([[-2, -np.inf], [0, -np.inf]]), np.array([[4, 0], [np.inf, np.inf]])
+    space = spaces.Box(low, high, dtype=np.float64)
+    agent, plain = make_agent("squashed_policy", space), ppo_continuous.Args()
+    plain = ppo_continuous.Agent(spaces.Box(-1, 1, (4,)), space, plain)
+    plain.load_state_dict(agent.state_dict(), strict=False)
+    u, x = torch.tensor([[0.5, -1.5, 1.5, 7.0], [9.0, 2.0, -2.0, -7.0]]), torch.randn(2, 4)
+    expected = plain.to_env(u)
+    expected[:, 0, 0] = 1 + 3 * np.tanh([0.5, 9])
+    np.testing.assert_allclose(agent.to_env(u), expected, rtol=1e-6)
+    logprob, _ = plain.get_logprob_and_entropy(x, u)
+    expected = logprob - (1 - u[:, 0].double().tanh() ** 2).log()
+    logprob, _ = agent.get_logprob_and_entropy(x, u)
     torch.testing.assert_close(logprob.double(), expected, rtol=1e-5, atol=1e-5)
-    free = make_agent(script, spaces.Box(-inf, inf, (2,)))
-    _, _, entropy, _ = free.get_action_and_value(x)
-    gaussian = Normal(free.actor(x), free.actor_logstd.exp())
-    torch.testing.assert_close(entropy, gaussian.entropy().sum(-1))
 
 
-@pytest.fixture
-def gru():
-    return recipe("gru")
+# colored_noise
 
 
-@pytest.fixture
-def cnn():
-    return recipe("cnn")
-
-
-def test_gru_learns_from_the_memory_it_acted_with(gru, monkeypatch):
-    """Over rollouts and episode ends, acting, `prepare` and `update` agree with a plain loop."""
-    sizes = dict(num_envs=6, num_steps=20, num_minibatches=3, update_epochs=2, hidden_size=8)
-    args = gru.Args(env_id="tests/Walk-v0", gamma=0.9, norm_reward=False, **sizes)
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("steps", [2, 101, 256])
+def test_noise_is_standard_normal_with_its_power_spectrum(beta, steps):
     torch.manual_seed(0)
-    envs = gru.make_envs(args)
-    agent, optimizer, _ = gru.begin(envs, args, None)
+    noise = recipe("colored_noise").colored_noise((steps, 5_000, 2), beta).double()
+    for row in noise[:: math.ceil(steps / 4)]:  # each step alone
+        moments = torch.stack([row.pow(k).mean() for k in (1, 2, 4)])
+        torch.testing.assert_close(moments, torch.tensor([0.0, 1, 3]).double(), atol=0.3, rtol=0)
+        assert (moments[:2] - torch.tensor([0, 1])).abs().max() < 0.06
+        assert row.prod(-1).mean().abs() < 0.06  # columns are independent
+    power = torch.fft.rfft(noise, dim=0).abs().square().mean((1, 2))[1:]
+    expected = torch.arange(1.0, len(power) + 1) ** -beta
+    torch.testing.assert_close(power / power[0], expected.double(), atol=0, rtol=0.1)
+
+
+def test_noise_makes_the_actions_and_its_color_falls_to_white(tmp_path, monkeypatch):
+    script, drawn, done = recipe("colored_noise"), [], [0]
+    colored_noise = script.colored_noise
+
+    def draw(shape, beta):
+        drawn.append((beta, colored_noise(shape, beta)))
+        return drawn[-1][1]
+
+    def update(agent, params, optimizer, rollout, *_):
+        obs, resets, actions, *_ = rollout
+        beta, noise = drawn[-1]
+        assert beta == pytest.approx(0.8 * (1 - done[-1] / 300))
+        expected = agent.actor(agent.normalize(obs[:-1])) + agent.actor_logstd.exp() * noise
+        torch.testing.assert_close(actions, expected.detach())
+        done.append(done[-1] + int((~resets[:-1]).sum()))
+        return {}
+
+    monkeypatch.setattr(script, "colored_noise", draw)
+    monkeypatch.setattr(script, "update", update)
+    options = dict(noise_color=0.8, total_timesteps=300, run_dir=str(tmp_path))
+    script.train(arguments("colored_noise", **options))
+    assert len(drawn) == len(done) - 1 > 4
+
+
+# gru
+
+
+def test_gru_learns_from_the_memory_it_acted_with(monkeypatch):
+    """Over rollouts and episode ends, acting and `update` agree with a plain loop."""
+    script = recipe("gru")
+    sizes = dict(num_envs=6, num_steps=20, num_minibatches=3, hidden_size=8)
+    args = arguments("gru", **sizes)
+    envs, agent, params, optimizer = start(script, args)
+    optimizer.param_groups[0]["lr"] = 0.0  # what was collected stays what is learned from
     for parameter in agent.actor[-1].parameters():
         parameter.data *= 50  # no action is about as likely as another
-    optimizer.lr = 0.0
-    greedy = lambda shape, beta: torch.zeros(shape)  # noqa: E731
-    monkeypatch.setattr(gru, "colored_noise", greedy)  # the likeliest actions, known beforehand
-    compared = []
+    memory, ends_at_boundary = torch.zeros(6, 8), 0
+    acted_with, get_action = [], agent.get_action
+    monkeypatch.setattr(agent, "get_action", lambda x: (acted_with.append(x), get_action(x))[1])
+    learned_from, ppo_loss = [], script.ppo_loss
 
-    def ppo_loss(logprobs, entropies, values, mb, args, loss=gru.ppo_loss):
-        real = mb.weights > 0
-        torch.testing.assert_close(logprobs[real], mb.logprobs[real])
-        torch.testing.assert_close(values[real], mb.values[real])
-        compared.append(len(values))
-        return loss(logprobs, entropies, values, mb, args)
+    def watch(agent, args, *columns):
+        learned_from.append(torch.cat([c.detach().view(len(c), -1) for c in columns], 1))
+        return ppo_loss(agent, args, *columns)
 
-    monkeypatch.setattr(gru, "ppo_loss", ppo_loss)
-    obs, _ = envs.reset(seed=1)
-    memory = torch.zeros(args.num_envs, args.hidden_size)  # of the plain loop
-    obs = gru.flat(obs, memory.numpy())
-    state = (obs, np.zeros(args.num_envs, bool), np.zeros(args.num_envs, np.float32))
-    ends_at_boundary = 0
+    monkeypatch.setattr(script, "ppo_loss", watch)
+    rollouts = script.collect(envs, agent, 1, args)
     for _ in range(3):
-        rollout, state, _ = gru.collect(envs, agent, state, 0, args)
-        values = []
-        for row in range(args.num_steps + 1):
-            x = agent.gru(agent.normalize(rollout.obs[row][:, :3]), memory).detach()
-            logprobs = agent.actor(x).log_softmax(-1).detach()
-            values.append(agent.get_value(x).detach())
-            if row < args.num_steps:
-                assert torch.equal(rollout.actions[row], logprobs.argmax(-1))
-                torch.testing.assert_close(rollout.logprobs[row], logprobs.max(-1).values)
-                memory = torch.where(rollout.resets[row].unsqueeze(-1), 0, x)
-        ends_at_boundary += int(rollout.resets[-1].sum())
-        assert rollout.resets[1:-1].any()
+        acted_with.clear()
+        learned_from.clear()
+        rollout, _, _ = next(rollouts)
+        obs, resets, actions, rewards, terminations, *_ = rollout
+        plain = []
+        for row, reset in zip(agent.normalize(obs), resets, strict=True):
+            plain.append(agent.gru(row, memory).detach())
+            before, memory = memory, torch.where(reset.unsqueeze(-1), 0, plain[-1])
+        memory, plain = before, torch.stack(plain)  # the next rollout begins with the last row
+        torch.testing.assert_close(torch.stack(acted_with), plain[:-1])
+        ends_at_boundary += int(resets[-1].sum())
 
-        batch = gru.prepare(rollout, agent, args)
-        torch.testing.assert_close(batch.values, torch.stack(values[:-1]).flatten())
-        dones = rollout.resets[1:]
-        columns = (rollout.rewards[:-1], torch.stack(values[:-1]), torch.stack(values[1:]))
-        ends = (rollout.terminations[:-1], dones)
-        advantages = gru.compute_gae(*columns, *ends, args.gamma, args.gae_lambda)
-        torch.testing.assert_close(batch.advantages, advantages.flatten())
-
-        gru.update(agent, optimizer, rollout, args)
-        agent.obs_stats.update(rollout.obs[:-1][rollout.is_real][:, :3])
+        log = script.update(agent, params, optimizer, rollout, args, script.gradient)
+        assert abs(log["losses/approx_kl"]) < 1e-6
+        values = agent.critic(plain).squeeze(-1).detach()
+        logprobs, _ = agent.get_logprob_and_entropy(plain[:-1], actions)
+        scaled = (rewards / agent.return_stats.std).float()
+        rest = terminations, resets[1:], args.gamma, args.gae_lambda
+        advantages = script.compute_gae(scaled, values, *rest)
+        columns = logprobs.detach(), values[:-1], advantages, advantages + values[:-1]
+        expected = torch.cat([plain[:-1], torch.stack([actions, *columns], -1)], -1)
+        expected = expected[~resets[:-1]]  # no reset row
+        for epoch in (learned_from[:3], learned_from[3:]):  # each step once
+            got = torch.cat(epoch)
+            orders = got[:, 0].argsort(), expected[:, 0].argsort()
+            torch.testing.assert_close(got[orders[0]], expected[orders[1]])
+        assert not torch.equal(learned_from[0], learned_from[3])  # shuffled
     assert ends_at_boundary > 0
-    # 3 rollouts of 2 epochs of 3 minibatches, and of diagnose for each of the rollouts
-    assert sorted(compared) == 18 * [40] + 3 * [120]
-    envs.close()
 
 
-def test_gru_minibatches_deal_out_each_row_once(gru):
-    args = gru.Args(num_envs=6, num_steps=5, num_minibatches=3)
-    rows = torch.arange(30.0)
-    batch = gru.Batch(rows.unsqueeze(-1), *rows.expand(5, -1), weights=torch.ones(30))
-    mbs = gru.minibatches(batch, args)
-    assert torch.equal(torch.cat([mb.obs for mb in mbs]).flatten().sort().values, rows)
-    for mb in mbs:
-        envs = mb.obs.view(5, 2) % 6
-        assert torch.equal(envs, envs[:1].expand(5, -1))
-    shuffles = {tuple(gru.minibatches(batch, args)[0].obs.flatten().tolist()) for _ in range(9)}
-    assert len(shuffles) > 1
+def test_gru_gradient_reaches_the_first_step_of_an_episode_only():
+    script = recipe("gru")
+    agent = script.Agent(spaces.Box(-1, 1, (3,)), spaces.Discrete(2), script.Args(hidden_size=8))
+    x, memory = torch.randn(7, 2, 3).requires_grad_(), torch.randn(2, 8).requires_grad_()
+    resets = torch.zeros(7, 2, dtype=bool)
+    resets[3, 1] = True
+    agent.remember(x, resets, memory)[-1].sum().backward()
+    reached = (x.grad != 0).all(-1)
+    assert reached[:, 0].all() and reached[:, 1].tolist() == [False] * 4 + [True] * 3
+    assert (memory.grad != 0).all(-1).tolist() == [True, False]
 
 
-def test_gru_gradient_reaches_the_first_step(gru):
-    args = gru.Args(hidden_size=8)
-    agent = gru.Agent(Walk.observation_space, Walk.action_space, args)
-    obs = torch.randn(7, 2, 3 + 8).requires_grad_()
-    agent.remember(obs)[-1, 0].sum().backward()
-    assert (obs.grad[0, 0] != 0).all()  # the first memory too
-    assert (obs.grad[1:, 0, :3] != 0).all()
-    assert (obs.grad[1:, :, 3:] == 0).all() and (obs.grad[:, 1] == 0).all()
+def test_gru_solves_what_needs_a_memory(tmp_path, monkeypatch):
+    """Without a memory, the mean return is 0.5; it is empty at the start of an episode."""
+    script = recipe("gru")
+    sizes = dict(num_envs=16, num_steps=32, num_minibatches=4, update_epochs=4, hidden_size=32)
+    options = dict(run_dir=str(tmp_path), total_timesteps=15_000, target_return=0.98)
+    options |= sizes | dict(env_id="tests/Recall-v0", eval_episodes=20, learning_rate=3e-3)
+    act, given = script.Agent.act, []
 
-
-def test_gru_evaluation_carries_the_memory_through_each_episode(gru, tmp_path, monkeypatch):
-    args = gru.Args(env_id="tests/Recall-v0", hidden_size=8)
-    agent = gru.Agent(Recall.observation_space, Recall.action_space, args)
-    seen, made = [], [None]
-
-    def act(obs, *noise, act=agent.act):
-        seen.append(obs[:, 2:])
-        action, memory = act(obs, *noise)
+    def watch(agent, obs, memory):
+        given.append(memory)
+        action, memory = act(agent, obs, memory)
         made.append(memory)
         return action, memory
 
-    monkeypatch.setattr(agent, "act", act)
-    assert len(list(gru.play(agent, args, 3, str(tmp_path)))) == 3
-    assert len(seen) == 15  # three episodes of five steps
-    for step, (before, memory) in enumerate(zip(seen, made[:-1], strict=True)):
-        assert np.array_equal(before, np.zeros((1, 8)) if step % 5 == 0 else memory)
+    made = [None]
+    monkeypatch.setattr(script.Agent, "act", watch)
+    result = script.train(arguments("gru", **options))
+    assert result["eval_return"] == 1 and result["global_step"] < 15_000
+    expected = [None if step % 5 == 0 else memory for step, memory in enumerate(made[:-1])]
+    assert len(given) == 100 and all(a is b for a, b in zip(given, expected, strict=True))
 
 
-def test_gru_solves_what_needs_a_memory(gru, tmp_path):
-    """Without a memory, the mean return is 0.5."""
-    sizes = dict(num_envs=16, num_steps=32, num_minibatches=4, update_epochs=4, hidden_size=32)
-    options = dict(run_dir=str(tmp_path / "run"), total_timesteps=15_000, target_return=0.98)
-    args = gru.Args("gru", env_id="tests/Recall-v0", eval_episodes=20, **sizes, **options)
-    result = gru.train(args)
-    assert result["solved_at"] is not None
-    assert result["eval_returns"] == 20 * [1.0]
+@pytest.mark.parametrize("option", ["--num-minibatches=32", "--compile", "--num-steps=3"])
+def test_gru_refuses(option, monkeypatch):
+    assert option.partition("=")[0] in main(recipe("gru"), [option], monkeypatch)
 
 
-@pytest.mark.parametrize("option", [dict(num_minibatches=32), dict(compile=True)])
-def test_gru_refuses(gru, option):
-    with pytest.raises(gru.UsageError, match=next(iter(option)).replace("_", "-")):
-        gru.train(gru.Args(**option))
+# cnn
 
 
-@pytest.mark.parametrize("shape", [(36, 44, 1), (84, 84, 4), (96, 96, 3)])
-def test_cnn_sees_images_as_they_are(cnn, shape):
+@pytest.mark.parametrize("shape", [(36, 44, 1), (84, 84, 4)])
+def test_cnn_sees_images_as_they_are(shape):
     """Rows, columns and channels keep their places on the way to the convolutions."""
+    script = recipe("cnn")
     space = spaces.Box(0, 255, shape, np.uint8)
-    agent = cnn.Agent(space, spaces.Discrete(5), cnn.Args())
+    agent = script.Agent(space, spaces.Discrete(5), script.Args())
     images = np.random.default_rng(1).integers(0, 256, (6, *shape), np.uint8)
-    x = agent.normalize(torch.as_tensor(cnn.flat(images)))
-    assert x.min() >= 0 and 0.9 < x.max() <= 1
+    x = agent.normalize(images)
     planes = torch.as_tensor(images).permute(0, 3, 1, 2) / 255
     features = nn.Sequential.forward(agent.actor[0], planes).flatten(1)
     torch.testing.assert_close(agent.actor(x), agent.actor[1:](features))
-    torch.testing.assert_close(agent.actor(x.view(3, 2, -1)), agent.actor(x).view(3, 2, 5))
-    assert agent.get_value(x.view(3, 2, -1)).shape == (3, 2)
-    assert agent.act(cnn.flat(images)).shape == (6,)
+    torch.testing.assert_close(agent.actor(x.view(3, 2, *shape)), agent.actor(x).view(3, 2, 5))
+    both = agent.act(images.reshape(3, 2, *shape))
+    assert both.shape == (3, 2) and agent.act(images[0]) == both[0, 0]
 
 
-def test_cnn_drives_a_car(cnn):
-    """CarRacing-v3 with discrete actions: images of 96 x 96 x 3."""
-    env = gym.make("CarRacing-v3", continuous=False)
-    agent = cnn.Agent(env.observation_space, env.action_space, cnn.Args())
-    obs, _ = env.reset(seed=1)
-    action = agent.to_env(agent.act(cnn.flat(obs[None])))
-    assert env.step(action[0])[0].shape == (96, 96, 3)
-    env.close()
-
-
-def test_cnn_solves_what_needs_to_see(cnn, tmp_path):
+def test_cnn_solves_what_needs_to_see(tmp_path):
     """Blindly, the mean return is 2 of 8."""
-    sizes = dict(num_envs=16, num_steps=32, num_minibatches=4, update_epochs=2)
-    options = dict(run_dir=str(tmp_path / "run"), total_timesteps=6_000)
-    args = cnn.Args("cnn", env_id="tests/Corner-v0", eval_episodes=10, **sizes, **options)
-    assert np.mean(cnn.train(args)["eval_returns"]) > 7
+    options = dict(run_dir=str(tmp_path), total_timesteps=4_000, eval_episodes=5)
+    options |= dict(num_envs=16, num_steps=32, num_minibatches=4)
+    assert recipe("cnn").train(arguments("cnn", **options))["eval_return"] > 5
 
 
-def test_cnn_refuses_what_is_no_image(cnn):
-    with pytest.raises(cnn.UsageError, match="uint8"):
-        cnn.make_envs(cnn.Args(env_id="CartPole-v1"))
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "tests/MultiDiscrete-v0"])
+def test_cnn_refuses_what_is_no_image(env_id):
+    with pytest.raises(gym.error.Error, match="must be uint8"):
+        recipe("cnn").make_envs(arguments("cnn", env_id=env_id), 1)
 
 
-def randomised(agent, seed: int = 0):
-    """The agent with random weights, large enough that probabilities differ clearly."""
-    torch.manual_seed(seed)
-    for parameter in agent.parameters():
-        torch.nn.init.normal_(parameter, std=0.5)
-    return agent
+# multidiscrete
 
 
-def chi_square(counts: torch.Tensor, probabilities: torch.Tensor) -> float:
-    expected = counts.sum() * probabilities
-    return float(((counts - expected).square() / expected).sum())
-
-
-class TestMultiDiscrete:
-    @property
-    def script(self):
-        return recipe("multidiscrete")
-
+def test_log_probability_and_entropy_are_sums_over_the_dimensions():
+    """Of all actions, how often each is sampled, and which is played when greedy."""
     nvec = [2, 5, 3]
-
-    def agent(self, space=None):
-        space = space or spaces.MultiDiscrete(self.nvec, start=[0, -2, 7])
-        observations = spaces.Box(-1, 1, (4,), np.float32)
-        return randomised(self.script.Agent(observations, space, self.script.Args()))
-
-    def by_definition(self, agent, x) -> list[Categorical]:
-        return [Categorical(logits=part) for part in agent.actor(x).split(self.nvec, -1)]
-
-    def test_log_probability_and_entropy_are_sums_over_the_dimensions(self):
-        agent, x = self.agent(), torch.randn(64, 4)
-        actions = torch.stack([torch.randint(n, (64,)) for n in self.nvec], -1)
-        _, logprob, entropy, _ = agent.get_action_and_value(x, actions)
-        parts = self.by_definition(agent, x)
-        columns = zip(parts, actions.T, strict=True)
-        torch.testing.assert_close(logprob, sum(part.log_prob(a) for part, a in columns))
-        torch.testing.assert_close(entropy, sum(part.entropy() for part in parts))
-
-    def test_probabilities_of_all_actions_sum_to_1(self):
-        agent, x = self.agent(), torch.randn(4)
-        actions = torch.cartesian_prod(*map(torch.arange, self.nvec))
-        _, logprobs, _, _ = agent.get_action_and_value(x.expand(len(actions), -1), actions)
-        assert logprobs.exp().sum().item() == pytest.approx(1, abs=1e-5)
-
-    @torch.no_grad()
-    def test_actions_are_samples_and_greedy_ones_the_mode(self):
-        agent, x = self.agent(), torch.randn(4)
-        noise = torch.randn(100_000, agent.actor[-1].out_features)  # as `collect` draws it
-        actions = agent.get_action(x, noise)
-        assert actions.shape == (100_000, 3) and actions.dtype == torch.int64
-        choices = torch.cartesian_prod(*map(torch.arange, self.nvec))
-        counts = torch.stack([(actions == choice).all(-1).sum() for choice in choices])
-        _, logprobs, _, _ = agent.get_action_and_value(x.expand(len(choices), -1), choices)
-        assert chi_square(counts, logprobs.exp()) < 60  # 29 degrees of freedom: p < 0.001
-        greedy = agent.get_action(x, self.script.GREEDY)
-        assert greedy.tolist() == [part.probs.argmax() for part in self.by_definition(agent, x)]
-
-    @pytest.mark.parametrize("dtype", [np.int64, np.int8])
-    def test_environments_get_actions_of_their_space(self, dtype):
-        space = spaces.MultiDiscrete([[2, 3], [4, 5]], dtype, start=[[0, 1], [2, -3]])
-        agent = self.agent(space)
-        x, noise = torch.randn(4000, 4), torch.randn(4000, agent.actor[-1].out_features)
-        actions = agent.to_env(agent.get_action(x, noise).numpy())
-        assert all(action in space for action in actions)
-        assert (actions.min(0) == space.start).all()
-        assert (actions.max(0) == space.start + space.nvec - 1).all()
-
-    @pytest.mark.parametrize("env", ["Digits", "Grid"])
-    def test_learns(self, env, tmp_path):
-        options = dict(run_dir=str(tmp_path / "run"), total_timesteps=20_000)
-        result = self.script.train(self.script.Args(env_id=f"tests/{env}-v0", **options))
-        assert np.mean(result["eval_returns"]) > 0.95
-
-    def test_other_actions_are_refused(self):
-        with pytest.raises(self.script.UsageError, match="MultiDiscrete is needed"):
-            self.script.make_envs(self.script.Args(env_id="CartPole-v1"))
+    agent = make_agent("multidiscrete", spaces.MultiDiscrete(nvec, start=[0, -2, 7]))
+    x, actions = torch.randn(4), torch.cartesian_prod(*map(torch.arange, nvec))
+    logprob, entropy = agent.get_logprob_and_entropy(x.expand(30, 4), actions)
+    parts = [Categorical(logits=part) for part in agent.actor(x).split(nvec)]
+    expected = sum(part.log_prob(a) for part, a in zip(parts, actions.T, strict=True))
+    torch.testing.assert_close(logprob, expected)
+    torch.testing.assert_close(entropy, sum(part.entropy() for part in parts).expand(30))
+    samples = agent.get_action(x.expand(50_000, 4))
+    counts = torch.stack([(samples == action).all(-1).sum() for action in actions])
+    assert chi_square(counts, logprob.exp()) < 60  # 29 degrees of freedom: p < 0.001
+    greedy = [int(part.probs.argmax()) for part in parts] + agent.action_space.start
+    assert agent.act(x.numpy()).tolist() == greedy.tolist()
 
 
-class TestActionMasking:
-    @property
-    def script(self):
-        return recipe("action_masking")
+@pytest.mark.parametrize("dtype", [np.int64, np.int8])
+def test_environments_get_actions_of_their_space(dtype):
+    space = spaces.MultiDiscrete([[2, 3], [4, 5]], dtype, start=[[0, 1], [2, -3]])
+    agent = make_agent("multidiscrete", space)
+    actions = agent.to_env(agent.get_action(torch.zeros(1000, 4)))
+    assert all(action in space for action in actions)
+    assert (actions.min(0) == space.start).all()
+    assert (actions.max(0) == space.start + space.nvec - 1).all()
 
-    def agent(self):
-        observations = spaces.Box(-1, 1, (9,), np.float32)  # 5 of the mask, 4 others
-        return randomised(self.script.Agent(observations, spaces.Discrete(5), self.script.Args()))
 
-    def observations(self, n: int = 64) -> torch.Tensor:
-        mask = torch.rand(n, 5) < 0.5
-        mask[:, 2] = ~mask.any(-1)  # otherwise none were valid
-        return torch.cat([mask, torch.randn(n, 4)], -1)
+def test_multidiscrete_learns(tmp_path):
+    """Each dimension of the action its own part."""
+    options = dict(run_dir=str(tmp_path), total_timesteps=8_000, learning_rate=3e-3)
+    options |= dict(num_envs=16, num_steps=64, num_minibatches=4, update_epochs=4)
+    args = arguments("multidiscrete", env_id="tests/Grid-v0", eval_episodes=20, **options)
+    assert recipe("multidiscrete").train(args)["eval_return"] > 0.95
 
-    def test_policy_is_the_softmax_over_valid_actions(self):
-        agent, x = self.agent(), self.observations()
-        for row in x:
-            valid = row[:5].nonzero().squeeze(-1)
-            expected = Categorical(logits=agent.actor(row)[valid])
-            rows = row.expand(len(valid), -1)
-            _, logprobs, entropy, _ = agent.get_action_and_value(rows, valid)
-            torch.testing.assert_close(logprobs.exp(), expected.probs)
-            torch.testing.assert_close(entropy, expected.entropy().expand(len(valid)))
 
-    @torch.no_grad()
-    def test_actions_are_samples_and_greedy_ones_the_mode(self):
-        agent, x = self.agent(), torch.tensor([1.0, 0, 1, 0, 1, 0.3, -0.2, 0.1, 0.5])
-        actions = agent.get_action(x, torch.randn(100_000, agent.actor[-1].out_features))
-        counts = actions.bincount(minlength=5)
-        probabilities = agent.actor(x)[:5:2].softmax(-1)
-        assert counts[1] == counts[3] == 0
-        assert chi_square(counts[::2], probabilities) < 14  # 2 degrees of freedom: p < 0.001
-        assert agent.get_action(x, self.script.GREEDY) == 2 * probabilities.argmax()
+def test_other_actions_are_refused():
+    with pytest.raises(gym.error.Error, match="MultiDiscrete"):
+        recipe("multidiscrete").make_envs(arguments("multidiscrete", env_id="CartPole-v1"), 1)
 
-    def test_no_gradient_reaches_invalid_logits(self):
-        agent, x = self.agent(), torch.tensor([1.0, 0, 1, 0, 1, 0.3, -0.2, 0.1, 0.5])
-        _, logprob, entropy, _ = agent.get_action_and_value(x, torch.tensor(2))
-        (bias,) = torch.autograd.grad(logprob + entropy, agent.actor[-1].bias)
-        assert (bias != 0).tolist() == [True, False, True, False, True]
 
-    def test_where_nothing_is_valid_all_is_finite(self):
-        """So is the last observation of an episode, from which no step is made."""
-        agent, x = self.agent(), torch.zeros(9)
-        _, logprob, entropy, value = agent.get_action_and_value(x, torch.tensor(3))
-        loss = logprob + entropy + value
-        gradients = torch.autograd.grad(loss, [*agent.parameters()])
-        assert logprob.item() == pytest.approx(-math.log(5))
-        assert all(gradient.isfinite().all() for gradient in gradients)
+# action_masking
 
-    def test_normalisation_leaves_the_mask_alone(self):
-        """Whether an action is always valid, never, or so rarely that it is many deviations off."""
-        agent, obs = self.agent(), self.observations(4096)
-        obs[:, 0], obs[:, 1], obs[:, 3] = 1, 0, torch.arange(4096) == 7
-        obs[:, 5:] = 100 + 5 * obs[:, 5:]
-        agent.obs_stats.update(obs)
-        x = agent.normalize(obs)
-        assert x.dtype == torch.float32
-        assert x[:, :5].equal(obs[:, :5])
-        assert x[:, 5:].mean().abs() < 1e-3 and (x[:, 5:].std() - 1).abs() < 1e-3
 
-    def test_learns_and_never_takes_an_invalid_action(self, tmp_path):
-        """The environment raises an error for one, in training and in the greedy episodes."""
-        options = dict(run_dir=str(tmp_path / "run"), total_timesteps=30_000)
-        args = self.script.Args(env_id="tests/HighestValid-v0", **options)
-        assert self.script.train(args)["eval_returns"] == [4] * 10
+def masked_agent():
+    """It, and observations of 5 numbers of the mask and 4 others."""
+    agent = make_agent("action_masking", spaces.Discrete(5), obs_dim=9)
+    mask = torch.rand(64, 5) < 0.5
+    mask[:, 2] = ~mask.any(-1)  # otherwise none were valid
+    return agent, torch.cat([mask, torch.randn(64, 4)], -1)
 
-    box, mask = spaces.Box(-1, 1, (2,)), spaces.MultiBinary(3)
 
-    @pytest.mark.parametrize(
-        "space",
-        [
-            box,
-            spaces.Dict(observation=box),
-            spaces.Dict(action_mask=spaces.MultiBinary(2), observation=box),
-            spaces.Dict({"action_mask": mask, "Observation": box}),  # sorted, this comes first
-            spaces.Dict(observation=box, action_mask=mask),  # Gymnasium sorts no keywords
-            spaces.Tuple([mask, box]),
-        ],
-    )
-    def test_observations_that_do_not_begin_with_a_mask_are_refused(self, space):
-        class Silent(gym.Env):
-            action_space, observation_space = spaces.Discrete(3), space
+def test_policy_is_the_softmax_over_valid_actions():
+    agent, x = masked_agent()
+    for row in x:
+        valid = row[:5].nonzero().squeeze(-1)
+        expected = Categorical(logits=nn.Sequential.forward(agent.actor, row)[valid])
+        rows = row.expand(len(valid), -1)
+        logprobs, entropy = agent.get_logprob_and_entropy(rows, valid)
+        torch.testing.assert_close(logprobs.exp(), expected.probs)
+        torch.testing.assert_close(entropy, expected.entropy().expand(len(valid)))
+    (bias,) = torch.autograd.grad(logprobs[0] + entropy[0], agent.actor[-1].bias)
+    assert (bias != 0).tolist() == row[:5].bool().tolist() and 1 < len(valid) < 5
+    counts = agent.get_action(row.expand(50_000, 9)).bincount(minlength=5)
+    assert counts[valid].sum() == 50_000
+    assert chi_square(counts[valid], expected.probs) < 18  # p < 0.001
+    assert agent.act(row.numpy()) == valid[expected.probs.argmax()]
 
-        gym.registry.pop("tests/Silent-v0", None)
-        gym.register("tests/Silent-v0", Silent)
-        with pytest.raises(self.script.UsageError, match="begins with action_mask, of 3 numbers"):
-            self.script.make_envs(self.script.Args(env_id="tests/Silent-v0"))
 
-    @pytest.mark.parametrize("mask", [spaces.MultiBinary(3), spaces.Box(0, 1, (3,), np.int8)])
-    def test_both_kinds_of_mask_are_taken(self, mask):
-        class Masked(gym.Env):
-            action_space = spaces.Discrete(3)
-            observation_space = spaces.Dict(action_mask=mask, observation=spaces.Discrete(2))
+def test_where_nothing_is_valid_all_is_finite():
+    """So is the last observation of an episode, from which no step is made."""
+    agent, _ = masked_agent()
+    logprob, entropy = agent.get_logprob_and_entropy(torch.zeros(9), torch.tensor(3))
+    gradients = torch.autograd.grad(logprob + entropy, agent.actor.parameters())
+    assert logprob.item() == pytest.approx(-math.log(5))
+    assert all(gradient.isfinite().all() for gradient in gradients)
 
-            def reset(self, *, seed=None, options=None):
-                return {"action_mask": np.array([0, 1, 0], np.int8), "observation": 1}, {}
 
-        gym.registry.pop("tests/Masked-v0", None)
-        gym.register("tests/Masked-v0", Masked)
-        envs = self.script.make_envs(self.script.Args(env_id="tests/Masked-v0", num_envs=2))
-        obs, _ = envs.reset()
-        assert self.script.flat(obs).tolist() == [[0, 1, 0, 0, 1]] * 2
+def test_normalisation_leaves_the_mask_alone():
+    """Whether an action is always valid, never, or so rarely that it is many deviations off."""
+    agent, x = masked_agent()
+    obs = x.repeat(64, 1)
+    obs[:, 0], obs[:, 1], obs[:, 3] = 1, 0, torch.arange(4096) == 7
+    obs[:, 5:] = 100 + 5 * torch.randn(4096, 4)
+    agent.obs_stats.update(obs)
+    x = agent.normalize(obs)
+    assert x.dtype == torch.float32 and x[:, :5].equal(obs[:, :5])
+    assert x[:, 5:].mean().abs() < 1e-3 and (x[:, 5:].std() - 1).abs() < 1e-3
+
+
+def test_masking_learns_and_never_takes_an_invalid_action(tmp_path):
+    """The environment raises an error for one, in training and in the greedy episodes."""
+    options = dict(run_dir=str(tmp_path), total_timesteps=8_000, learning_rate=3e-3)
+    options |= dict(num_envs=16, num_steps=64, num_minibatches=4, update_epochs=4)
+    args = arguments("action_masking", eval_episodes=10, **options)
+    assert recipe("action_masking").train(args)["eval_return"] == 4
+
+
+BOX, MASK = spaces.Box(-1, 1, (2,)), spaces.MultiBinary(3)
+
+
+@pytest.mark.parametrize(
+    ("space", "is_taken"),
+    [
+        (spaces.Dict(action_mask=MASK, observation=BOX), True),
+        (spaces.Dict(action_mask=spaces.Box(0, 1, (3,), np.int8), b=spaces.Discrete(2)), True),
+        (spaces.Dict(observation=BOX, action_mask=MASK), False),
+        (spaces.Dict({"action_mask": MASK, "Observation": BOX}), False),  # sorted, this is first
+        (spaces.Dict(action_mask=spaces.MultiBinary(2), observation=BOX), False),
+        (spaces.Tuple([MASK, BOX]), False),
+        (BOX, False),
+    ],
+)
+def test_observations_must_begin_with_a_mask(space, is_taken):
+    class Still(gym.Env):
+        action_space, observation_space = spaces.Discrete(3), space
+
+        def reset(self, *, seed=None, options=None):
+            return space.sample() | {"action_mask": np.array([0, 1, 0], np.int8)}, {}
+
+    gym.registry.pop("tests/Still-v0", None)
+    gym.register("tests/Still-v0", Still)
+    script, args = recipe("action_masking"), arguments("action_masking", env_id="tests/Still-v0")
+    if is_taken:
+        obs, _ = script.make_envs(args, 2).reset()
+        assert obs[:, :3].tolist() == [[0, 1, 0]] * 2 and obs.shape == (2, 5)
+    else:
+        with pytest.raises(gym.error.Error, match="begins with action_mask, of 3"):
+            script.make_envs(args, 2)
+
+
+# wandb
 
 
 def offline_run(path: Path) -> tuple[object, dict[str, list[tuple[int, float]]]]:
@@ -667,47 +694,39 @@ def offline_run(path: Path) -> tuple[object, dict[str, list[tuple[int, float]]]]
     return run, points
 
 
-class TestWandb:
-    def play(self, folder: Path, *options: str) -> None:
-        """Run the patched script; wandb looks for the root of the logs for 10 s, asleep."""
-        command = [sys.executable, str(patched("wandb")), "--num-steps", "64", *options]
-        env = {"WANDB_MODE": "offline", "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
-        run = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
-        assert run.returncode == 0, run.stderr
+def test_a_run_holds_the_scalars_of_tensorboard(tmp_path):
+    command = [sys.executable, str(patched("wandb")), "--run-dir=a/run", "--num-steps=64"]
+    environ = {"WANDB_MODE": "offline", "OMP_NUM_THREADS": "1", "PATH": os.environ["PATH"]}
+    run = subprocess.run(
+        [*command, "--total-timesteps=3000"],
+        cwd=tmp_path,
+        env=environ | {"HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    record, found = offline_run(file)
+    expected = curves(tmp_path / "a/run")
+    assert found.keys() == expected.keys() >= {"charts/SPS", "losses/entropy"}
+    for tag, points in expected.items():
+        assert dict(found[tag]) == pytest.approx(dict(points), nan_ok=True), tag
+    assert record.display_name == "run" and record.project == "ppo"
+    config = {item.key: json.loads(item.value_json) for item in record.config.update}
+    assert config["total_timesteps"] == 3000 and config["num_steps"] == 64
 
-    def test_a_run_and_what_it_went_on_with_hold_the_scalars_of_tensorboard(self, tmp_path):
-        self.play(tmp_path, "--run-dir", "a/run", "--total-timesteps", "4096")
-        self.play(tmp_path, "--resume", "a/run", "--total-timesteps", "8192")
-        files = sorted(tmp_path.glob("wandb/offline-run-*/*.wandb"))
-        events = sorted((tmp_path / "a/run").glob("events*"))
-        assert len(files) == len(events) == 2
-        (first, earlier), (second, later) = map(offline_run, files)
-        for file, found in zip(events, (earlier, later), strict=True):
-            expected = curves(file)
-            assert found.keys() == expected.keys() >= {"charts/SPS", "eval/episodic_return"}
-            for tag, points in expected.items():
-                assert [step for step, _ in found[tag]] == [step for step, _ in points], tag
-                values = [value for _, value in found[tag]]
-                assert values == pytest.approx([value for _, value in points], nan_ok=True), tag
-        assert max(earlier["charts/SPS"])[0] < min(later["charts/SPS"])[0]
-        assert first.run_id == second.run_id
-        assert first.display_name == "run" and first.project == "ppo"
-        config = {item.key: json.loads(item.value_json) for item in second.config.update}
-        assert config["total_timesteps"] == 8192 and config["num_steps"] == 64
 
-    def test_each_folder_is_a_run_of_the_first_process(self, tmp_path, monkeypatch):
-        """The same one when it goes on, another one in another folder of the same name."""
-        script, calls = recipe("wandb"), []
-        start = lambda **options: contextlib.nullcontext(calls.append(options))  # noqa: E731
-        monkeypatch.setattr(script.wandb, "init", start)
-        args = script.Args(num_envs=2, num_steps=32, total_timesteps=64, eval_episodes=0)
-        for run_dir in ("a/run", "b/run"):
-            script.train(script.replace(args, run_dir=str(tmp_path / run_dir)))
-        monkeypatch.chdir(tmp_path)  # so that the folder has another name
-        script.train(script.replace(args, resume="b/run", total_timesteps=128))
-        script.train(script.replace(args, evaluate="b/run"))  # no training: nothing to log
-        monkeypatch.setattr(script, "RANK", 1)
-        script.train(script.replace(args, run_dir=str(tmp_path / "c")))
-        first, second, again = calls
-        assert first["id"] != second["id"] == again["id"]
-        assert {call["resume"] for call in calls} == {"allow"}
+def test_each_folder_is_a_run_of_the_first_process(told, tmp_path, monkeypatch):
+    """The same one when it goes on, another one in another folder of the same name."""
+    script = recipe("wandb")
+    for run_dir in ("a/run", "b/run"):
+        script.train(arguments("wandb", total_timesteps=64, run_dir=str(tmp_path / run_dir)))
+    monkeypatch.chdir(tmp_path)  # so that the folder has another name
+    script.train(arguments("wandb", total_timesteps=64, run_dir="b/run"))
+    path = "b/run/checkpoint.pt"
+    script.train(arguments("wandb", evaluate=path, run_dir="b/run"), torch.load(path))
+    monkeypatch.setattr(script, "RANK", 1)
+    script.train(arguments("wandb", total_timesteps=64, run_dir="c"))
+    first, second, again = (call for call in told if "id" in call)
+    assert first["id"] != second["id"] == again["id"]
+    assert {call["resume"] for call in (first, second, again)} == {"allow"}
