@@ -269,7 +269,7 @@ def evaluate(agent: Agent, envs: gym.vector.VectorEnv, args: Args) -> float:
             if terminated[0] or truncated[0]:
                 break
     envs.close()
-    print(f"greedy return of {len(returns)} episodes: {returns.mean():.1f} ± {returns.std():.1f}")
+    print(f"greedy return of {len(returns)} episodes: {returns.mean():.2f} ± {returns.std():.2f}")
     return float(returns.mean())
 
 
@@ -337,7 +337,7 @@ def train(args: Args, checkpoint: dict | None = None, signals=()) -> dict:
             run["best"] = mean
             save(f"{run_dir}/best.pt", args=asdict(args), **states)
         save(f"{run_dir}/checkpoint.pt", args=asdict(args), **states)
-        print(f"{run_dir}: step {global_step:,}  return {mean:.1f}  {sps:,.0f} steps/s", flush=True)
+        print(f"{run_dir}: step {global_step:,}  return {mean:.2f}  {sps:,.0f} steps/s", flush=True)
 
     if WORLD_SIZE > 1:
         torch.distributed.destroy_process_group()

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, curves, main, start
+from envs import Strict
 from gymnasium import spaces
 from torch import nn
 from torch.distributions import Categorical, Normal, TransformedDistribution, kl_divergence
@@ -34,7 +35,7 @@ ENVIRONMENTS = {
     "cnn": "tests/Corner-v0",
     "gru": "tests/Walk-v0",
     "multidiscrete": "tests/Digits-v0",
-    "wandb": "tests/CountingDiscrete-v0",
+    "wandb": "tests/Walk-v0",
 }
 SMALL = dict(num_envs=4, num_steps=16, num_minibatches=2, update_epochs=2)
 FOLDER = tempfile.TemporaryDirectory()  # for the patched scripts
@@ -65,7 +66,7 @@ def recipe(name: str):
 
 def arguments(name: str, **options):
     """The `Args` of a recipe for a small run, in an environment that suits it."""
-    env_id = ENVIRONMENTS.get(name, "tests/CountingContinuous-v0")
+    env_id = ENVIRONMENTS.get(name, "Pendulum-v1")
     return recipe(name).Args(**SMALL | {"env_id": env_id, "eval_episodes": 0} | options)
 
 
@@ -107,17 +108,19 @@ def test_trains_goes_on_and_plays(name, tmp_path, monkeypatch, capsys, request):
     monkeypatch.chdir(tmp_path)
     sizes = [f"--{key.replace('_', '-')}={value}" for key, value in SMALL.items()]
     options = ["--run-dir=run", "--env-id", arguments(name).env_id, *sizes, "--eval-episodes=3"]
-    said = []
+    steps, played = [], []
     for command in (
         [*options, "--total-timesteps=100"],
         [*options, "--total-timesteps=200"],
         ["--evaluate=run/checkpoint.pt"],
     ):
         assert main(recipe(name), command, monkeypatch) == 0
-        said.append(re.search(r"greedy return of 3 episodes: .+", capsys.readouterr().out)[0])
-    assert said[1] == said[2]  # a checkpoint has all that acting needs
-    (first, *_, last) = steps = [step for step, _ in curves("run")["charts/SPS"]]
-    assert 0 < first <= 64 and 200 <= last <= 264 and steps == sorted(set(steps))
+        said = capsys.readouterr().out
+        steps += map(int, re.findall(r"^run: step (\d+)", said, re.MULTILINE))
+        played += re.findall(r"greedy return of 3 episodes: .+", said)
+    assert steps[0] <= 64 and 200 <= steps[-1] < 264 and steps == sorted(set(steps))
+    _, last, again = played
+    assert last == again  # a checkpoint has all that acting needs
 
 
 def test_patched_scripts_are_clean():
@@ -406,6 +409,7 @@ def test_noise_makes_the_actions_and_its_color_falls_to_white(tmp_path, monkeypa
     monkeypatch.setattr(script, "colored_noise", draw)
     monkeypatch.setattr(script, "update", update)
     options = dict(noise_color=0.8, total_timesteps=300, run_dir=str(tmp_path))
+    options["env_id"] = "tests/EndlessContinuous-v0"
     script.train(arguments("colored_noise", **options))
     assert len(drawn) == len(done) - 1 > 4
 
@@ -499,8 +503,9 @@ def test_gru_solves_what_needs_a_memory(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("option", ["--num-minibatches=32", "--compile", "--num-steps=3"])
-def test_gru_refuses(option, monkeypatch):
-    assert option.partition("=")[0] in main(recipe("gru"), [option], monkeypatch)
+def test_gru_refuses(option, tmp_path, monkeypatch):
+    options = [option, "--total-timesteps=1", "--run-dir", tmp_path]
+    assert option.partition("=")[0] in str(main(recipe("gru"), options, monkeypatch))
 
 
 # cnn
@@ -529,10 +534,22 @@ def test_cnn_solves_what_needs_to_see(tmp_path):
     assert recipe("cnn").train(arguments("cnn", **options))["eval_return"] > 5
 
 
-@pytest.mark.parametrize("env_id", ["CartPole-v1", "tests/MultiDiscrete-v0"])
-def test_cnn_refuses_what_is_no_image(env_id):
+@pytest.mark.parametrize(
+    ("observations", "actions"),
+    [
+        (spaces.Box(0, 1, (40, 40, 3), np.float32), spaces.Discrete(2)),
+        (spaces.Box(0, 255, (40, 35, 3), np.uint8), spaces.Discrete(2)),
+        (spaces.Box(0, 255, (40, 40), np.uint8), spaces.Discrete(2)),
+        (spaces.Dict(image=spaces.Box(0, 255, (40, 40, 3), np.uint8)), spaces.Discrete(2)),
+        (spaces.Box(0, 255, (40, 40, 3), np.uint8), spaces.MultiDiscrete([2, 2])),
+    ],
+)
+def test_cnn_refuses_other_spaces(observations, actions):
+    options = {"observation_space": observations, "action_space": actions}
+    gym.registry.pop("tests/Refused-v0", None)
+    gym.register("tests/Refused-v0", Strict, kwargs=options)
     with pytest.raises(gym.error.Error, match="must be uint8"):
-        recipe("cnn").make_envs(arguments("cnn", env_id=env_id), 1)
+        recipe("cnn").make_envs(arguments("cnn", env_id="tests/Refused-v0"), 1)
 
 
 # multidiscrete

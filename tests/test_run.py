@@ -192,7 +192,7 @@ def test_a_saved_policy_plays_the_same_in_another_process_and_program(script, ar
             obs, reward, terminated, truncated, _ = env.step(agent.act(obs))
             done, total = terminated or truncated, total + reward
         returns.append(total)
-    assert f"{np.mean(returns):.1f} ± {np.std(returns):.1f}" == line.split(": ")[1]
+    assert f"{np.mean(returns):.2f} ± {np.std(returns):.2f}" == line.split(": ")[1]
 
 
 def test_episodes_are_shown_or_filmed(script, args, tmp_path, monkeypatch, capsys):
@@ -207,7 +207,7 @@ def test_episodes_are_shown_or_filmed(script, args, tmp_path, monkeypatch, capsy
     watch = ["--evaluate", path / "checkpoint.pt", "--no-capture-video", "--render"]
     assert main(script, watch, monkeypatch) == 0
     assert Drawn.modes == ["human"]
-    assert capsys.readouterr().out.count("greedy return of 2 episodes: 3.0 ± 0.0") == 2
+    assert capsys.readouterr().out.count("greedy return of 2 episodes: 3.00 ± 0.00") == 2
 
 
 # Stopping

@@ -48,7 +48,7 @@ def write(path: Path, rows: list[dict]) -> None:
     """Replace the file; after a kill it is the old one or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{path}.tmp", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0])
+        writer = csv.DictWriter(file, dict.fromkeys(name for row in rows for name in row))
         writer.writeheader()
         for row in rows:
             writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})

@@ -1,4 +1,4 @@
-"""The figure and the tables of tests/benchmark/README.md, from the CSV files in results/.
+"""The figures, and the tables of the two READMEs, from the CSV files in results/.
 
     python tests/benchmark/plot.py
 
@@ -14,10 +14,10 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-from common import RESULTS, read
+from common import RESULTS, ROOT, read
 from learning import ALL, POINTS
 
-README = Path(__file__).parent / "README.md"
+PAGES = [ROOT / "README.md", Path(__file__).parent / "README.md"]
 # bright enough for a dark page, and dark enough for a white one
 INK, COLORS = "#808080", ["#2f81f7", "#e8743b", "#2da44e", "#a371f7"]
 
@@ -46,9 +46,9 @@ def by_seed(rows: list[dict]) -> dict[str, float]:
     return {row["seed"]: float(row["greedy_return"]) for row in rows}
 
 
-def spread(values) -> str:
+def spread(values: list[float]) -> str:
     """Mean and deviation."""
-    return f"{np.mean(values):.4g} ± {np.std(values):.2g}"
+    return f"{np.mean(values):.4g}" + f" ± {np.std(values):.2g}" * (len(values) > 1)
 
 
 def median(rows: list[dict], column: str) -> str:
@@ -74,6 +74,18 @@ def learning(folder: Path) -> str:
     return table(cells)
 
 
+def summary(folder: Path) -> str:
+    """Our greedy returns with the defaults."""
+    cells = {}
+    for (task, who), rows in grouped(folder / "learning.csv", "task", "who").items():
+        if who == "ours":
+            returns = [*by_seed(rows).values()]
+            cells[task, "greedy return"] = f"{np.mean(returns):.1f}"
+            cells[task, "worst seed"] = f"{min(returns):.1f}"
+            cells[task, "seeds"] = str(len(returns))
+    return table(cells)
+
+
 def ablation(folder: Path) -> str:
     """Change in greedy return, seed by seed: mean and standard error."""
     groups, cells = grouped(folder / "ablation.csv", "task", "contender"), {}
@@ -82,8 +94,9 @@ def ablation(folder: Path) -> str:
         if detail == "ours":
             cells["the defaults: greedy return", task] = spread([*base.values()])
         elif changes := [changed[seed] - base[seed] for seed in base.keys() & changed.keys()]:
-            error = np.std(changes) / math.sqrt(max(len(changes) - 1, 1))
-            cells[detail, task] = f"{np.mean(changes):+.0f} ± {error:.0f}"
+            cells[detail, task] = f"{np.mean(changes):+.0f}"
+            if len(changes) > 1:
+                cells[detail, task] += f" ± {np.std(changes) / math.sqrt(len(changes) - 1):.0f}"
     return table(cells)
 
 
@@ -111,7 +124,10 @@ def gradient(folder: Path) -> str:
     return table({k: f"{v:.0f}" for k, v in medians(folder, "gradient_step_us").items()})
 
 
-TABLES = {function.__name__: function for function in (learning, ablation, speed, start, gradient)}
+TABLES = {
+    function.__name__: function
+    for function in (learning, summary, ablation, speed, start, gradient)
+}
 
 
 def render(page: str) -> str:
@@ -164,7 +180,8 @@ def draw(folder: Path) -> None:
 def main() -> None:
     for path in sorted(RESULTS.rglob("learning.csv")):
         draw(path.parent)
-    README.write_text(render(README.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in PAGES:
+        page.write_text(render(page.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -74,7 +73,7 @@ class Clock:
         }
 
 
-def run_ours(clock: Clock, folder: str, options: list[str], setting: list) -> None:
+def run_ours(clock: Clock, setting: list, folder: str, options: list[str]) -> None:
     name, env_id, num_envs, num_steps, minibatch = setting
     sys.path.insert(0, folder)
     script = importlib.import_module(name)
@@ -94,12 +93,11 @@ def run_ours(clock: Clock, folder: str, options: list[str], setting: list) -> No
 
     script.make_envs = lambda *args, **kwargs: clock.note_first_step(make_envs(*args, **kwargs))
     script.update = timed_update
-    sizes = dict(num_envs=num_envs, num_steps=num_steps, total_timesteps=10**9, update_epochs=10)
-    sizes |= dict(env_id=env_id, num_minibatches=num_envs * num_steps // minibatch)
-    with tempfile.TemporaryDirectory() as run_dir:
-        sizes |= dict(run_dir=f"{run_dir}/run")
-        words = [f"--{key.replace('_', '-')}={value}" for key, value in sizes.items()]
-        sys.argv = [f"{name}.py", *words, *options]
+    options += [f"--env-id={env_id}", f"--num-envs={num_envs}", f"--num-steps={num_steps}"]
+    options += [f"--num-minibatches={num_envs * num_steps // minibatch}", "--update-epochs=10"]
+    with tempfile.TemporaryDirectory() as folder:
+        options += [f"--total-timesteps={10**9}", f"--run-dir={folder}/run"]
+        sys.argv = [f"{name}.py", *options]
         script.main()
 
 
@@ -132,11 +130,14 @@ def run_environment(clock: Clock, setting: list) -> None:
 def work(contender: str, setting: list, folder: str, iterations: int, begin: float) -> None:
     """One measurement, in this process, the result of which is printed."""
     clock = Clock(begin, iterations)
-    options = ["--compile"] if contender.endswith("--compile") else []
-    runs = {"stable-baselines3": run_sb3, "environment": run_environment}
-    ours = partial(run_ours, folder=folder, options=options)
     try:
-        runs.get(contender, ours)(clock, setting=setting)
+        if contender == "environment":
+            run_environment(clock, setting)
+        elif contender == "stable-baselines3":
+            run_sb3(clock, setting)
+        else:
+            is_compiled = contender.endswith("--compile")
+            run_ours(clock, setting, folder, ["--compile"] if is_compiled else [])
     except Enough:
         if os.environ.get("RANK", "0") == "0":
             print(json.dumps(clock.result()), flush=True)
@@ -147,8 +148,7 @@ def measure(contender: str, setting: tuple, folder: Path, iterations: int) -> di
     given = json.dumps([contender, setting, str(folder), iterations, time.monotonic()])
     command = [sys.executable, __file__, "--worker", given]
     if contender.endswith("2 processes"):
-        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-        command[1:1] = torchrun
+        command[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     with tempfile.TemporaryDirectory() as cache:  # of compiled code: each process compiles anew
         environ = os.environ | ENVIRON | {"TORCHINDUCTOR_CACHE_DIR": cache}
         process = subprocess.run(command, env=environ, capture_output=True, text=True)
@@ -170,18 +170,12 @@ def compare(name: str, setting: tuple, contenders: dict[str, Path], given) -> No
             values = [result[key] for result in each if result[key] is not None]
             row[key] = statistics.median(values) if values else ""
         rows.append(row | describe())
-        speed, ratio = (
-            row["steps_per_second"],
-            row["steps_per_second"] / rows[0]["steps_per_second"],
-        )
-        text = f"{name:28} {contender:20} {speed:9,.0f} steps/s ({ratio:.2f})"
+        ratio = row["steps_per_second"] / rows[0]["steps_per_second"]
+        text = f"{name:28} {contender:20} {row['steps_per_second']:9,.0f} steps/s ({ratio:.2f})"
         print(f"{text}  first step after {row['first_step_s']:.1f} s", flush=True)
-    others = [
-        row
-        for row in read(given.results)
-        if row["setting"] != name or row["contender"] not in contenders
-    ]
-    write(given.results, others + rows)
+    measured = [(name, contender) for contender in contenders]
+    old = [r for r in read(given.results) if (r["setting"], r["contender"]) not in measured]
+    write(given.results, old + rows)
 
 
 def main() -> None:
