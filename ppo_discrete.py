@@ -10,6 +10,7 @@ Detail n: Huang et al. 2022, "The 37 Implementation Details of PPO" (cn: for con
 """
 
 import math
+import multiprocessing
 import os
 import signal
 import sys
@@ -43,7 +44,7 @@ class Args:
     target_return: float = math.inf  # end training once the last 100 episodes reach this mean
     num_envs: int = 16  # environments stepped side by side, in each process
     num_steps: int = 256  # steps of each environment per iteration
-    vectorization_mode: Literal["auto", "sync", "async"] = "auto"  # auto: native, else sync
+    vectorization_mode: Literal["auto", "sync", "async"] = "auto"  # native, else sync; films: sync
 
     hidden_size: int = 64  # units in each of the two hidden layers of both networks
     learning_rate: float = 8e-4  # of Adam, at the start
@@ -54,7 +55,7 @@ class Args:
     update_epochs: int = 10  # passes over the data of an iteration
     norm_adv: bool = True  # normalise the advantages of each minibatch
     clip_coef: float = 0.2  # ε: the probability ratio gains nothing by moving beyond 1 ± ε
-    clip_vloss: bool = False  # keep the new value within ε of the old one in its loss too
+    clip_vloss: bool = False  # in its loss, keep V within ε of its old value as well
     ent_coef: float = 0.01  # weight c2 of the entropy bonus
     vf_coef: float = 0.5  # weight c1 of the value loss
     max_grad_norm: float = 0.5  # largest norm of the gradient of all parameters together
@@ -72,7 +73,7 @@ def average(x: Tensor) -> Tensor:
 
 
 def derive_seed(*key: int) -> int:
-    """A seed below 2^31 for each key of integers, unrelated to those of other keys."""
+    """A seed below 2^31 from integers, all of which but zeros at the end tell it apart."""
     return int(np.random.SeedSequence(key).generate_state(1)[0]) >> 1
 
 
@@ -117,7 +118,7 @@ class Agent(nn.Module):
         """Observations, flat: [..., obs_dim], as the networks see them (details c6 and c7)."""
         obs = torch.as_tensor(obs, dtype=torch.float32, device=self.obs_stats.mean.device)
         if obs.shape[-1:] != self.obs_stats.mean.shape or not obs.isfinite().all():
-            raise FloatingPointError(f"observations must be finite, and flat vectors, not {obs}")
+            raise FloatingPointError("observations must be finite, in flat vectors")
         return ((obs - self.obs_stats.mean) / self.obs_stats.std).clamp(-10, 10).float()
 
     def get_action(self, x: Tensor) -> Tensor:
@@ -153,7 +154,7 @@ def compute_gae(rewards, values, terminations, dones, gamma, gae_lambda) -> Tens
 def ppo_loss(agent, args, x, actions, old_logprobs, old_values, advantages, returns) -> tuple:
     """-L^CLIP + c1 L^VF - c2 S of a minibatch (eq. 9 of the paper), and what to log of it.
 
-    A row a step: x is [n, obs_dim], actions [n, ...], all others [n]. V is to be `returns`.
+    A row a step: x is [n, obs_dim], actions [n, ...], all others [n]; returns: the targets of V.
     """
     if args.norm_adv:  # detail 7
         advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
@@ -185,7 +186,7 @@ def make_envs(args: Args, num_envs: int, **drawing) -> gym.vector.VectorEnv:
     """Environments side by side, their observations flat; raises where there are none for PPO."""
     mode = "sync" if args.render or args.capture_video else args.vectorization_mode
     envs = gym.make_vec(args.env_id, num_envs, None if mode == "auto" else mode, **drawing)
-    if len(envs.single_observation_space.shape or ()) != 1:
+    if not isinstance(s := envs.single_observation_space, gym.spaces.Box) or len(s.shape) != 1:
         with suppress(NotImplementedError):  # a space that Gymnasium does not know
             envs = gym.wrappers.vector.FlattenObservation(envs)
     spaces = envs.single_observation_space, envs.single_action_space
@@ -198,7 +199,7 @@ def make_envs(args: Args, num_envs: int, **drawing) -> gym.vector.VectorEnv:
 
 @torch.no_grad()
 def collect(envs: gym.vector.VectorEnv, agent: Agent, seed: int, args: Args):
-    """Yields rollouts of the agent as it then is, how many steps they took, and ended episodes."""
+    """Yields rollouts, their steps, and for each ended episode (steps so far, return, length)."""
     obs, _ = envs.reset(seed=seed)
     resets, lengths = np.zeros(args.num_envs, bool), np.zeros(args.num_envs, int)
     returns, discounted = np.zeros((2, args.num_envs), np.float32)
@@ -213,17 +214,17 @@ def collect(envs: gym.vector.VectorEnv, agent: Agent, seed: int, args: Args):
             rewards = np.where(resets, 0, rewards).astype(np.float32)
             discounted = rewards + args.gamma * discounted * ~resets
             returns, lengths = rewards + returns * ~resets, (lengths + 1) * ~resets
-            resets = terminated | truncated
+            resets = np.logical_or(terminated, truncated)  # the next row of these is no step
             states.append((obs.astype(np.float32), resets))
-            rows.append((action.cpu(), rewards, terminated.copy(), discounted))
+            rows.append((action.cpu(), rewards, np.array(terminated, bool), discounted))
             episodes += [(steps, returns[i].item(), lengths[i].item()) for i in resets.nonzero()[0]]
         columns = (*zip(*states, strict=True), *zip(*rows, strict=True))
         yield [torch.as_tensor(np.stack(column)) for column in columns], steps, episodes
 
 
-def update(agent: Agent, params: Tensor, optimizer, rollout: list[Tensor], args, gradient) -> dict:
-    """Improve π and V by epochs x minibatches of gradient steps on a rollout; returns its log."""
-    # [num_steps, num_envs, ...], the first two a row more
+def update(agent: Agent, params: Tensor, optimizer, rollout: list, args, step_gradient) -> dict:
+    """Improve π and V by epochs x minibatches of steps on `params`, which their layers view."""
+    # [num_steps, num_envs, ...], the first two a row more: row t + 1 is what row t led to
     obs, resets, actions, rewards, terminations, discounted = (c.to(params.device) for c in rollout)
     real, dones = ~resets[:-1], resets[1:]  # rows that are steps; steps that ended an episode
     agent.return_stats.update(discounted[real])
@@ -234,14 +235,13 @@ def update(agent: Agent, params: Tensor, optimizer, rollout: list[Tensor], args,
         logprobs, _ = agent.get_logprob_and_entropy(x[:-1], actions)
     advantages = compute_gae(rewards, values, terminations, dones, args.gamma, args.gae_lambda)
     returns = advantages + values[:-1]
-    columns = x[:-1], actions, logprobs, values[:-1], advantages, returns
-    columns = [column[real] for column in columns]
+    columns = [c[real] for c in (x[:-1], actions, logprobs, values[:-1], advantages, returns)]
     for _ in range(args.update_epochs):
         # shuffled; in the places of reset rows, a few real ones a second time
         order = torch.randperm(len(columns[0]), device=real.device)
         order = order.repeat(math.ceil(real.numel() / len(order)))[: real.numel()]
         for minibatch in zip(*(c[order].chunk(args.num_minibatches) for c in columns), strict=True):
-            grad, log = gradient(agent, args, *minibatch)
+            grad, log = step_gradient(agent, args, *minibatch)
             grad = average(grad)
             params.grad = grad * (args.max_grad_norm / (grad.norm() + 1e-6)).clamp(max=1)
             optimizer.step()
@@ -268,7 +268,6 @@ def evaluate(agent: Agent, envs: gym.vector.VectorEnv, args: Args) -> float:
             returns[episode] += rewards[0]
             if terminated[0] or truncated[0]:
                 break
-    envs.close()
     print(f"greedy return of {len(returns)} episodes: {returns.mean():.2f} ± {returns.std():.2f}")
     return float(returns.mean())
 
@@ -283,7 +282,7 @@ def save(path: str, **checkpoint) -> None:
 def train(args: Args, checkpoint: dict | None = None, signals=()) -> dict:
     """Algorithm 1 of the paper, then greedy episodes; once there is a signal, save and return."""
     torch.set_num_threads(1)  # small networks gain little from more
-    gpu = args.cuda and torch.cuda.is_available()
+    gpu = args.cuda and torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if gpu else "cpu"
     if WORLD_SIZE > 1:
         torch.distributed.init_process_group("nccl" if gpu else "gloo")
@@ -309,7 +308,7 @@ def train(args: Args, checkpoint: dict | None = None, signals=()) -> dict:
         torch._dynamo.config.trace_autograd_ops = True  # --compile: loss and gradient in one graph
     step_gradient = torch.compile(gradient, dynamic=False) if args.compile else gradient
     rollouts = collect(envs, agent, derive_seed(args.seed, 1, run["global_step"], RANK), args)
-    is_over = bool(args.evaluate)
+    is_over = bool(args.evaluate) or run["best"] >= args.target_return
     while run["global_step"] < args.total_timesteps and not is_over:
         clock, start = time.time(), run["global_step"]
         torch.manual_seed(derive_seed(args.seed, 2, start, RANK))
@@ -319,8 +318,8 @@ def train(args: Args, checkpoint: dict | None = None, signals=()) -> dict:
         log = update(agent, params, optimizer, rollout, args, step_gradient)
         run["returns"] = (run["returns"] + [value for _, value, _ in episodes])[-100:]
         mean = sum(run["returns"]) / 100 if len(run["returns"]) == 100 else math.nan
-        sums = [float(steps), mean >= args.target_return or len(signals) > 0]  # of any process
-        steps, is_over = (average(torch.tensor(sums, device=device)) * WORLD_SIZE).tolist()
+        mine = [float(steps), mean >= args.target_return or len(signals) > 0]  # next: of all
+        steps, is_over = (average(torch.tensor(mine, device=device)) * WORLD_SIZE).tolist()
         run["global_step"] = global_step = start + round(steps)
         if RANK > 0:
             continue
@@ -344,12 +343,13 @@ def train(args: Args, checkpoint: dict | None = None, signals=()) -> dict:
     if RANK == 0 and args.eval_episodes and not signals:
         run["eval_return"] = evaluate(agent, eval_envs, args)
     envs.close()
+    eval_envs.close()
     return run | {"agent": agent}
 
 
 def main() -> None:
     """Options that are not given are those of the checkpoint, if there is one."""
-    args, checkpoint, signals, pid = tyro.cli(Args, description=__doc__), None, [], os.getpid()
+    args, checkpoint, signals = tyro.cli(Args, description=__doc__), None, []
     path = args.evaluate or os.path.join(args.run_dir or "", "checkpoint.pt")
     if args.evaluate or args.run_dir and os.path.exists(path):
         try:
@@ -366,14 +366,13 @@ def main() -> None:
 
     rows, parts = args.num_envs * args.num_steps, args.num_minibatches
     least = min(args.num_envs, args.num_steps - 1, parts, args.update_epochs, args.hidden_size)
-    if least < 1 or args.seed < 0 or rows % parts or rows == parts:
-        sys.exit("error: --num-minibatches must divide the rollout; --num-steps >= 2, counts >= 1")
+    if least < 1 or rows % parts or rows == parts or min(args.seed, args.learning_rate) < 0:
+        sys.exit("error: counts >= 1, --num-steps >= 2, minibatches equal and >= 2 rows, all >= 0")
 
     def on_signal(number, _frame):
-        if os.getpid() != pid and number == signal.SIGTERM:  # of an async environment
-            os._exit(1)
-        signals.append(number)
-        signal.signal(number, signal.SIG_DFL)  # a second one ends at once
+        if not multiprocessing.parent_process():  # else a worker, which is ended below
+            signals.append(number)
+            signal.signal(number, signal.SIG_DFL)  # a second one ends at once
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL if args.evaluate else on_signal)
@@ -381,8 +380,9 @@ def main() -> None:
         train(args, checkpoint, signals)
     except (gym.error.Error, ImportError, FloatingPointError, OSError) as error:
         sys.exit(f"error: {args.env_id}: {error}")
-    if signals:
-        sys.exit(128 + signals[0])
+    finally:
+        [worker.kill() for worker in multiprocessing.active_children()]
+    sys.exit(128 + signals[0] if signals else 0)
 
 
 if __name__ == "__main__":

@@ -138,7 +138,7 @@ class CountingVector(VectorEnv):
 
         self.obs = np.zeros((num_envs, 1), np.float32)
         self.rewards = np.zeros(num_envs)
-        self.terminated, self.truncated = np.zeros((2, num_envs), bool)
+        self.terminated, self.truncated = np.zeros((2, num_envs), np.uint8)  # as some have them
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -425,6 +425,7 @@ OBSERVATIONS = {
     "Plane": spaces.Box(-1, 1, (2, 3), np.float64),
     "Cell": spaces.Discrete(5, start=2),
     "Mixed": spaces.Dict({"a": spaces.Discrete(3), "b": spaces.Box(-1, 1, (2, 2), np.float32)}),
+    "Bits": spaces.MultiBinary(4),
     "Sequence": spaces.Sequence(spaces.Discrete(2)),
     "Mission": spaces.Dict({"mission": Mission(), "image": spaces.Box(0, 1, (3,), np.float32)}),
 }

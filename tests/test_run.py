@@ -135,6 +135,7 @@ def test_target_return_best_and_tags(script, args, tmp_path):
     result = script.train(options)
     assert result["global_step"] < 50_000 and np.mean(result["returns"]) >= 0.9
     best, last = (read(tmp_path / "run" / f"{name}.pt") for name in ("best", "checkpoint"))
+    assert last["optimizer"]["param_groups"][0]["eps"] == 1e-5  # detail 3
     assert last["run"]["best"] == best["run"]["best"] >= 0.9
     assert np.mean(best["run"]["returns"]) == pytest.approx(best["run"]["best"])
     charts = {
@@ -226,7 +227,7 @@ def is_running(group: int) -> bool:
     ("number", "mode", "to_all"),
     [
         (signal.SIGINT, "async", True),
-        (signal.SIGTERM, "async", False),
+        (signal.SIGTERM, "async", True),
         (signal.SIGTERM, "sync", True),
     ],
 )
@@ -322,11 +323,13 @@ MISTAKES = [
     (["--env-id=no_such_module:Env-v0"], "no_such_module"),
     (["--env-id=ALE/Pong-v5"], "ALE"),
     (["--env-id=tests/MultiDiscrete-v0"], "MultiDiscrete"),
-    (["--num-minibatches=7"], "--num-minibatches must divide"),
-    (["--num-minibatches=4096"], "--num-minibatches must divide"),
+    (["--num-minibatches=7"], "minibatches equal"),
+    (["--num-minibatches=4096"], ">= 2 rows"),
     (["--num-envs=0"], "counts >= 1"),
     (["--num-steps=1"], "--num-steps >= 2"),
     (["--hidden-size=-1"], "counts >= 1"),
+    (["--seed=-1"], "all >= 0"),
+    (["--learning-rate=-1"], "all >= 0"),
     (["--evaluate=nowhere.pt"], "nowhere.pt"),
     (["--evaluate=."], "IsADirectory"),
     (["--run-dir=file/run"], "file/run"),

@@ -93,7 +93,7 @@ def test_act_refuses_what_it_cannot_take(script, obs):
         agent.act(obs)
 
 
-@pytest.mark.parametrize("env", ["Plane", "Cell", "Mixed", "Counted"])
+@pytest.mark.parametrize("env", ["Plane", "Cell", "Mixed", "Bits", "Counted"])
 def test_trains_and_plays_where_observations_flatten_and_others_count(script, args, env):
     options = args(env, num_envs=2, num_steps=16, num_minibatches=2, eval_episodes=1)
     options.total_timesteps = 100
