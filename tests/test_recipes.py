@@ -49,7 +49,7 @@ def script_of(name: str) -> str:
 def patched(name: str) -> Path:
     """The script that a recipe makes."""
     folder = Path(FOLDER.name) / f"recipe_{name}"
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     shutil.copy(ROOT / script_of(name), folder)
     subprocess.run(["git", "apply", RECIPES / f"{name}.patch"], cwd=folder, check=True)
     return folder / script_of(name)
@@ -124,9 +124,9 @@ def test_trains_goes_on_and_plays(name, tmp_path, monkeypatch, capsys, request):
 
 
 def test_patched_scripts_are_clean():
-    ruff = pytest.importorskip("ruff").find_ruff_bin()
     for command in (["format", "--check"], ["check", "--no-cache"]):
-        command = [ruff, *command, "--config", ROOT / ".ruff.toml", *map(patched, NAMES)]
+        command += ["--config", ROOT / ".ruff.toml", *map(patched, NAMES)]
+        command = [sys.executable, "-m", "ruff", *command]
         run = subprocess.run(command, capture_output=True, text=True)
         assert run.returncode == 0, run.stdout
 
@@ -147,55 +147,65 @@ def test_readme_lists_each_recipe_with_its_changed_lines():
 
 @pytest.fixture
 def repository(tmp_path):
-    """A git repository with a script, a recipe and renew.py; returns what works with them."""
+    """A git repository with renew.py: how to run a command there, the script and the patch."""
     (tmp_path / "tests/recipes").mkdir(parents=True)
-    for file in ("ppo_continuous.py", "tests/recipes/renew.py", "tests/recipes/shared_trunk.patch"):
-        shutil.copy(ROOT / file, tmp_path / file)
+    shutil.copy(ROOT / "ppo_continuous.py", tmp_path)
+    for file in ("renew.py", "shared_trunk.patch", "README.md"):
+        shutil.copy(RECIPES / file, tmp_path / "tests/recipes")
     environ = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "TMPDIR": str(tmp_path)}
 
     def run(*command) -> subprocess.CompletedProcess:
         settings = dict(cwd=tmp_path, env=environ, capture_output=True, text=True)
         return subprocess.run([*map(str, command)], **settings)
 
-    def edit(old: str, new: str, file=tmp_path / "ppo_continuous.py") -> str:
-        assert old in file.read_text()
-        file.write_text(file.read_text().replace(old, new))
-        return file.read_text()
-
     run("git", "init", "-q")
     run("git", "config", "user.email", "a@b.c")
     run("git", "config", "user.name", "a")
     run("git", "add", "ppo_continuous.py")
     assert run("git", "commit", "-qm", "script").returncode == 0
-    return run, edit, tmp_path / "tests/recipes/shared_trunk.patch"
+    return run, tmp_path / "ppo_continuous.py", tmp_path / "tests/recipes/shared_trunk.patch"
+
+
+def edit(file: Path, old: str, new: str) -> str:
+    text = file.read_text()
+    assert old in text
+    file.write_text(text.replace(old, new))
+    return file.read_text()
 
 
 def test_renew_follows_the_script(repository):
-    run, edit, patch = repository
-    before, renew = patch.read_text(), (sys.executable, "tests/recipes/renew.py")
+    run, script, patch = repository
+    renew, readme = (sys.executable, "tests/recipes/renew.py"), patch.parent / "README.md"
+    words = patch.read_text().partition("--- a/")[0]
+    assert run(*renew).returncode == 0
+    before = patch.read_text()
     assert "as before" in run(*renew).stdout and patch.read_text() == before
-
+    edit(readme, "hidden layers | 4 |", "hidden layers | 5 |")
     for line in ("self.critic = network(1, std=1.0)", "def network(outputs: int, std: float)"):
-        script = edit(line, f"pass\n        {line}")
+        edited = edit(script, line, f"pass\n        {line}")
         assert run("git", "apply", "--check", patch).returncode == (1 if "critic" in line else 0)
         assert "renewed, 4 changed lines" in run(*renew, "shared_trunk").stdout
         text, _, hunks = patch.read_text().partition("--- a/")
-        assert text == before.partition("--- a/")[0] and "+        pass" not in hunks
+        assert text == words and "+        pass" not in hunks
         assert run("git", "apply", patch).returncode == 0
         assert run("git", "apply", "-R", patch).returncode == 0
-        assert edit("pass", "pass") == script
+        assert script.read_text() == edited
+    assert "hidden layers | 4 |" in readme.read_text()
 
-    edit("self.actor = network(action_dim, std=0.01)", "self.actor = network(action_dim, 0.02)")
-    renewed = patch.read_text()
-    conflict = run(*renew)
+    edit(
+        script,
+        "self.actor = network(action_dim, std=0.01)",
+        "self.actor = network(action_dim, 0.02)",
+    )
+    renewed, conflict = patch.read_text(), run(*renew)
     assert conflict.returncode == 1 and patch.read_text() == renewed
     mended = Path(re.search(r"CONFLICT, mend (\S+)", conflict.stdout)[1])
-    assert "<<<<<<<" in mended.read_text()
-    merged = re.sub(r"<{7}.+?={7}\n(.+?)>{7}.*?\n", r"\1", mended.read_text(), flags=re.DOTALL)
-    mended.write_text(merged)
+    theirs = re.compile(r"<{7}.+?={7}\n(.+?)>{7}.*?\n", re.DOTALL)
+    mended.write_text(theirs.sub(r"\1", mended.read_text(), count=1))
     assert run(*renew, f"shared_trunk={mended}").returncode == 0
     assert run("git", "apply", patch).returncode == 0
-    assert edit("std=0.01", "std=0.01") == merged
+    assert script.read_text() == mended.read_text()
+    assert "critic[:-1]" in script.read_text() and "<<<<<<<" not in script.read_text()
 
 
 # adaptive_kl
@@ -502,9 +512,10 @@ def test_gru_solves_what_needs_a_memory(tmp_path, monkeypatch):
     assert len(given) == 100 and all(a is b for a, b in zip(given, expected, strict=True))
 
 
-@pytest.mark.parametrize("option", ["--num-minibatches=32", "--compile", "--num-steps=3"])
+@pytest.mark.parametrize("option", ["--num-minibatches=4", "--compile", "--num-steps=3"])
 def test_gru_refuses(option, tmp_path, monkeypatch):
-    options = [option, "--total-timesteps=1", "--run-dir", tmp_path]
+    options = ["--total-timesteps=1", "--num-envs=2", "--num-steps=4", "--num-minibatches=2"]
+    options += ["--run-dir", tmp_path, option]
     assert option.partition("=")[0] in str(main(recipe("gru"), options, monkeypatch))
 
 

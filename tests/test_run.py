@@ -204,6 +204,7 @@ def test_episodes_are_shown_or_filmed(script, args, tmp_path, monkeypatch, capsy
     assert main(script, [*options, "--eval-episodes=2", "--capture-video"], monkeypatch) == 0
     assert sorted(map(str, Drawn.modes)) == ["None"] * 4 + ["rgb_array"]
     assert len([*path.glob("*.mp4")]) == 2
+    assert not (path / "best.pt").exists()  # of fewer than 100 episodes
     Drawn.modes.clear()
     watch = ["--evaluate", path / "checkpoint.pt", "--no-capture-video", "--render"]
     assert main(script, watch, monkeypatch) == 0

@@ -1,4 +1,4 @@
-"""Make recipes anew after their script has changed: python tests/recipes/renew.py [NAME ...]
+"""Make patches anew after their script has changed: python tests/recipes/renew.py [NAME ...]
 
 A patch that no longer fits is merged with the script, from the version in git's history that it
 was made for. Where both changed the same lines, a person must mend the file that is then named:
@@ -7,6 +7,7 @@ NAME=FILE makes the patch of a recipe from FILE, the whole script as the recipe 
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -20,15 +21,8 @@ def git(*command, cwd: Path = ROOT) -> tuple[int, str]:
     """The exit status of a git command, and what it prints."""
     # a folder of its own is no part of a repository that may surround it
     environ = os.environ | {"GIT_CEILING_DIRECTORIES": str(cwd.parent)}
-    run = subprocess.run(["git", *command], cwd=cwd, env=environ, stdout=-1, stderr=-1, text=True)
+    run = subprocess.run(["git", *command], cwd=cwd, env=environ, capture_output=True, text=True)
     return run.returncode, run.stdout
-
-
-def apply(patch: Path, path: Path, version: str, *options: str) -> str | None:
-    """What a patch makes of a version of its script, written to path; None where it fits none."""
-    path.write_text(version)
-    status, _ = git("apply", *options, str(patch), cwd=path.parent)
-    return path.read_text() if status == 0 else None
 
 
 def merge(patch: Path, script: str, folder: Path) -> tuple[str, int]:
@@ -38,19 +32,19 @@ def merge(patch: Path, script: str, folder: Path) -> tuple[str, int]:
     versions = [now, *(git("show", f"{commit}:{script}")[1] for commit in commits)]
     # with less context for a patch that was made for a version that never was committed
     for base, context in [(base, context) for context in ("-C3", "-C1") for base in versions]:
-        changed = apply(patch, path, base, context)
-        if changed is not None:
-            for name, text in (("now", now), ("base", base), ("recipe", changed)):
+        path.write_text(base)
+        if git("apply", context, str(patch), cwd=folder)[0] == 0:
+            for name, text in (("now", now), ("base", base), ("recipe", path.read_text())):
                 (folder / name).write_text(text)
             conflicts, merged = git("merge-file", "-p", "now", "base", "recipe", cwd=folder)
             return merged, conflicts
-    return now, 1
+    return f"<<<<<<< {patch} fits no version of the script\n{now}", 1
 
 
 def renew(name: str, file: str) -> bool:
     """Write a patch anew; False where a person is needed."""
     patch = RECIPES / f"{name}.patch"
-    text, script, _ = re.split(r"^--- a/(.+)\n", patch.read_text(), maxsplit=1, flags=re.MULTILINE)
+    text, script, _ = re.split(r"(?m)^--- a/(.+)\n", patch.read_text(), maxsplit=1)
     folder = Path(tempfile.mkdtemp())
     changed, conflicts = (Path(file).read_text(), 0) if file else merge(patch, script, folder)
     if conflicts:
@@ -66,11 +60,13 @@ def renew(name: str, file: str) -> bool:
     if not hunks:
         print(f"{name}: the script already is as the recipe makes it")
         return False
-    before = patch.read_text()
+    lines = len(re.findall(r"^[+-](?!\+\+ b/)", hunks, re.MULTILINE))
+    row, readme = rf"(?m)^(\| \[{name}\].* )\d+ \|$", RECIPES / "README.md"
+    readme.write_text(re.sub(row, rf"\g<1>{lines} |", readme.read_text()))
+    state = "as before" if text + start + hunks == patch.read_text() else "renewed"
     patch.write_text(text + start + hunks)
-    lines = len(re.findall(r"^[+-](?!\+\+ b/|-- a/)", hunks, re.MULTILINE))
-    state = "as before" if patch.read_text() == before else "renewed"
     print(f"{name}: {state}, {lines} changed lines")
+    shutil.rmtree(folder)
     return True
 
 
