@@ -190,7 +190,7 @@ def gradient(agent: Agent, args: Args, *minibatch: Tensor) -> tuple[Tensor, dict
     """The gradient of `ppo_loss`, of all parameters in one vector, and what to log."""
     loss, log = ppo_loss(agent, args, *minibatch)
     grads = torch.autograd.grad(loss, [*agent.parameters()])
-    return nn.utils.parameters_to_vector(grads), {k: v.detach() for k, v in log.items()}
+    return torch.cat([g.flatten() for g in grads]), {k: v.detach() for k, v in log.items()}
 
 
 def make_envs(args: Args, num_envs: int, **drawing) -> gym.vector.VectorEnv:

@@ -91,7 +91,7 @@ def test_a_run_goes_on_as_if_its_environments_had_been_reset(script, args, tmp_p
 @pytest.mark.parametrize("name", ["ppo_continuous"])
 def test_a_killed_run_goes_on(name, tmp_path):
     """kill -9 at random moments: what is left can be read, and the same command ends the run."""
-    kills = int(os.environ.get("KILLS", 3))
+    kills = int(os.environ.get("KILLS", 2))
     start = command(name, *FLAGS, "--env-id=envs:tests/CountingContinuous-v0", "--run-dir=run")
     start += ["--total-timesteps=200000", "--eval-episodes=0"]
     path, before, report = tmp_path / "run/checkpoint.pt", 0, []
@@ -285,7 +285,7 @@ def test_damaged_checkpoints_are_refused_or_read_correctly(script, args, tmp_pat
     good, whole = read(path), path.read_bytes()
     monkeypatch.setattr(script, "train", lambda args, checkpoint, signals: seen.append(checkpoint))
     rng, refused = random.Random(script.__name__), 0
-    files = int(os.environ.get("DAMAGED_FILES", 40))
+    files = int(os.environ.get("DAMAGED_FILES", 200))
     for i in range(files):
         data = bytearray(whole)
         if i % 4 == 0:
