@@ -155,7 +155,7 @@ def test_the_learning_rate_falls_linearly_or_stays(script, args, tmp_path):
         )
         rates = curves(path)["charts/learning_rate"]
         steps = [0, *(step for step, _ in rates[:-1])]  # at the start of each iteration
-        expected = [8e-4 * (1 - step / 640 if anneal else 1) for step in steps]
+        expected = [script.Args.learning_rate * (1 - step / 640 if anneal else 1) for step in steps]
         assert [rate for _, rate in rates] == pytest.approx(expected)
         assert len(rates) > 8
 
