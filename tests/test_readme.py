@@ -66,7 +66,9 @@ def test_links_and_files_exist(page):
     assert links
     for link in links:
         assert link.startswith("https://") or (ROOT / page).parent.joinpath(link).exists(), link
-    for word in re.findall(r"`(tests/[^` ]+|ppo_\w+\.py|requirements.txt)`", text):
+    for word in re.findall(
+        r"`(tests/[^` ]+|ppo_(?:discrete|continuous)\.py|requirements.txt)`", text
+    ):
         assert (ROOT / word).exists(), word
 
 
