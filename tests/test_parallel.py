@@ -110,7 +110,8 @@ def test_a_signal_ends_all_after_the_iteration(number, tmp_path):
     for pid in ranks(process).values():
         os.kill(pid, number)
     out, err = process.communicate(timeout=60)
-    assert process.returncode != 0 and f"exitcode  : {128 + number}" in err, err
+    # torchrun exits with 1; codes of its processes vary, since it ends the rest after the first
+    assert process.returncode == 1 and "ChildFailedError" in err, err
     step = int(out.splitlines()[-1].split("step ")[1].split()[0].replace(",", ""))
     saved = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)
     assert saved["run"]["global_step"] == step and "greedy" not in out
