@@ -32,7 +32,7 @@ from torch.utils.tensorboard import SummaryWriter
 class Args:
     seed: int = 1  # the same seed gives the same run
     cuda: bool = True  # use a GPU where there is one
-    compile: bool = False  # compile the loss: pays in long runs
+    compile: bool = False  # compile the gradient: pays in long runs
     run_dir: str | None = None  # folder of the run, which goes on from a checkpoint in it
     evaluate: str | None = None  # no training: play with the policy of this checkpoint
     eval_episodes: int = 10  # greedy episodes after training, or with --evaluate

@@ -86,6 +86,8 @@ def test_a_run_goes_on_as_if_its_environments_had_been_reset(script, args, tmp_p
     ours, expected = curves(parts), curves(whole)
     ours.pop("charts/SPS"), expected.pop("charts/SPS")
     assert ours == expected and len(ours["charts/episodic_return"]) > 10
+    ends = [step for step, _ in ours["charts/episodic_return"]]
+    assert ends == sorted(ends) and steps[1] < ends[-1] <= steps[-1]
 
 
 @pytest.mark.parametrize("name", ["ppo_continuous"])
