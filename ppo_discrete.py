@@ -56,7 +56,7 @@ class Args:
     norm_adv: bool = True  # normalise the advantages of each minibatch
     clip_coef: float = 0.2  # ε: the probability ratio gains nothing by moving beyond 1 ± ε
     clip_vloss: bool = False  # in its loss, keep V within ε of its old value as well
-    ent_coef: float = 0.01  # weight c2 of the entropy bonus
+    ent_coef: float = 0.003  # weight c2 of the entropy bonus
     vf_coef: float = 0.5  # weight c1 of the value loss
     max_grad_norm: float = 0.5  # largest norm of the gradient of all parameters together
     target_kl: float | None = None  # end an iteration's epochs once KL(old, new) exceeds this
