@@ -142,6 +142,10 @@ def test_curve_and_mark():
     assert learning.mark_reached(returns, 10.1) is None
     assert learning.mark_reached([10.0] * 20, 10) == 19
     assert learning.mark_reached([10.0] * 19, 10) is None
+    assert (
+        learning.best_mean([*range(100)]) == 49.5
+        and learning.best_mean([*range(300)][::-1]) == 249.5
+    )
     curve = learning.curve([1, 10, 11, 990, 991, 1_005], [1.0, 2.0, 4.0, 5.0, 6.0, 8.0], 1_000)
     assert curve.split() == ["1.5", "4"] + ["nan"] * 96 + ["5", "7"]
 
@@ -203,12 +207,14 @@ def results(tmp_path, monkeypatch):
 
     def row(contender: str, seed: int, value: float, mark: str = "") -> dict:
         row = dict(contender=contender, environment="Pendulum-v1", steps=5_000, seed=seed)
-        row |= dict(options="", greedy_return=value, mark_steps=mark, mark_cpu_seconds=mark)
-        return row | dict(mark_wall_seconds="", curve=curve)
+        row |= dict(options="", greedy_return=value, best_mean=value + 1, mark_steps=mark)
+        return row | dict(mark_cpu_seconds=mark, mark_wall_seconds=mark[:2], curve=curve)
 
     given = zip((-100.0, -200.0, -300.0), ("3000", "", "1000"), strict=True)
     ours = [row("ours", seed, value, mark) for seed, (value, mark) in enumerate(given, 1)]
-    write(tmp_path / "learning.csv", [*ours, row("stable-baselines3", 1, -7.0)])
+    peers = [row("stable-baselines3", *each) for each in ((1, -7.0, "7500"), (3, -7.0))]
+    peers.append(row("stable-baselines3", 2, -7.0, "9000"))
+    write(tmp_path / "learning.csv", [*ours, *peers])
     changed = [row("one epoch", 3, -330.0), row("one epoch", 1, -110.0), row("one epoch", 9, 1e6)]
     write(tmp_path / "ablation.csv", [*changed, *ours])
     speeds = {"ours": 10_000.0, "environment": 35_000.0}
@@ -225,8 +231,9 @@ def test_tables_and_the_figure_are_made_of_the_rows(results):
     plot.main()
     page = plot.PAGES[0].read_text()
     for line in (
-        "| Pendulum-v1, 5,000 steps: ours | -200 ± 82 | -300 | -200 | 2 of 3 | 3,000 | 3,000 |  |",
-        "| Pendulum-v1, 5,000 steps: stable-baselines3 | -7 | -7 | -200 | 0 of 1 | never |",
+        "ours | -200 ± 82 | -300 | -199 ± 82 | -200 | 2 of 3 | 3,000 | 3,000 | 30 |",
+        "stable-baselines3 | -7 ± 0 | -7 | -6 ± 0 | -200 | 2 of 3 | 9,000 | 9,000 | 90 |",
+        "| Pendulum-v1, 5,000 steps | 30, never, 10 | 75, 90, never | 3.0 |",
         "| the defaults: greedy return | -200 ± 82 |\n| one epoch | -20 ± 10 |",
         "| a | 10,000 (1.00) | 35,000 (3.50) |",
         "| a | 1.3, 2.0 | 1.3, 2.0 |",

@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 from common import ENVIRON, RESULTS, ROOT, describe, read, write
+from numpy.lib.stride_tricks import sliding_window_view
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 # script, steps, and the mark that the mean of the last 20 training episodes is to reach
@@ -70,6 +71,11 @@ def mark_reached(returns: list[float], mark: float) -> int | None:
     return next((end - 1 for end in ends if np.mean(returns[end - 20 : end]) >= mark), None)
 
 
+def best_mean(returns: list[float]) -> float:
+    """The highest mean of 100 episodes in a row, which --target-return goes by."""
+    return float(sliding_window_view(returns, 100).mean(1).max())
+
+
 def curve(steps: list[int], returns: list[float], total: int) -> str:
     """Mean return of the episodes that ended in each of 100 equal parts of the steps."""
     parts = np.minimum((np.array(steps) - 1) * POINTS // total, POINTS - 1)
@@ -99,6 +105,7 @@ def measure(run: Run) -> dict:
         episodes = reader.Scalars("charts/episodic_return")
     steps, returns = [e.step for e in episodes], [e.value for e in episodes]
     row = run.key | dict(greedy_return=greedy[1], greedy_std=greedy[2])
+    row["best_mean"] = best_mean(returns) if len(returns) >= 100 else ""
     row |= dict(mark_steps="", mark_cpu_seconds="", mark_wall_seconds="")
     reached = mark_reached(returns, ALL[run.environment][2])
     if reached is not None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 from common import RESULTS, ROOT, read
-from learning import ALL, POINTS
+from learning import ALL, POINTS, TASKS
 
 PAGES = [ROOT / "README.md", Path(__file__).parent / "README.md"]
 # bright enough for a dark page, and dark enough for a white one
@@ -66,6 +66,8 @@ def learning(folder: Path) -> str:
         reached = sum(bool(row["mark_steps"]) for row in rows)
         cells[line, "greedy return"] = spread(returns)
         cells[line, "worst seed"] = f"{min(returns):.4g}"
+        if best := [float(row["best_mean"]) for row in rows if row.get("best_mean")]:
+            cells[line, "best mean of 100"] = spread(best)
         cells[line, "mark"] = str(ALL[rows[0]["environment"]][2])
         cells[line, "reached by"] = f"{reached} of {len(rows)}"
         cells[line, "after steps"] = median(rows, "mark_steps")
@@ -74,11 +76,29 @@ def learning(folder: Path) -> str:
     return table(cells)
 
 
+def solved(folder: Path) -> str:
+    """Seconds from the start of a process to the mark, of the seeds that a peer has run as well."""
+    cells = {}
+    for (task,), rows in grouped(folder / "learning.csv", "task").items():
+        seconds = {"ours": {}, "stable-baselines3": {}}
+        for row in rows:
+            reached = float(row["mark_wall_seconds"] or "inf")
+            seconds.setdefault(row["who"], {})[row["seed"]] = reached
+        ours, peers = seconds["ours"], seconds["stable-baselines3"]
+        if seeds := sorted(ours.keys() & peers.keys(), key=int):
+            for who, times in (("ours", ours), ("stable-baselines3", peers)):
+                each = [f"{times[seed]:.0f}".replace("inf", "never") for seed in seeds]
+                cells[task, who] = ", ".join(each)
+            middle, other = (statistics.median(x[s] for s in seeds) for x in (ours, peers))
+            cells[task, "ratio of medians"] = f"{other / middle:.1f}".replace("inf", "")
+    return table(cells)
+
+
 def summary(folder: Path) -> str:
-    """Our greedy returns with the defaults."""
+    """Our greedy returns with the defaults, on the tasks that these were chosen by."""
     cells = {}
     for (task, who), rows in grouped(folder / "learning.csv", "task", "who").items():
-        if who == "ours":
+        if who == "ours" and rows[0]["environment"] in TASKS:
             returns = [*by_seed(rows).values()]
             cells[task, "greedy return"] = f"{np.mean(returns):.1f}"
             cells[task, "worst seed"] = f"{min(returns):.1f}"
@@ -126,7 +146,7 @@ def gradient(folder: Path) -> str:
 
 TABLES = {
     function.__name__: function
-    for function in (learning, summary, ablation, speed, start, gradient)
+    for function in (learning, solved, summary, ablation, speed, start, gradient)
 }
 
 
