@@ -47,14 +47,14 @@ class Args:
     vectorization_mode: Literal["auto", "sync", "async"] = "auto"  # native, else sync; films: sync
 
     hidden_size: int = 64  # units in each of the two hidden layers of both networks
-    learning_rate: float = 1e-3  # of Adam, at the start
+    learning_rate: float = 8e-4  # of Adam, at the start
     anneal_lr: bool = True  # lower it linearly to 0 over the run
     gamma: float = 0.995  # discount factor γ
     gae_lambda: float = 0.95  # λ of GAE: 0 = TD(0), 1 = Monte Carlo
     num_minibatches: int = 16  # gradient steps per epoch
-    update_epochs: int = 7  # passes over the data of an iteration
+    update_epochs: int = 10  # passes over the data of an iteration
     norm_adv: bool = True  # normalise the advantages of each minibatch
-    clip_coef: float = 0.2  # ε: the probability ratio gains nothing by moving beyond 1 ± ε
+    clip_coef: float = 0.1  # ε: the probability ratio gains nothing by moving beyond 1 ± ε
     clip_vloss: bool = False  # in its loss, keep V within ε of its old value as well
     ent_coef: float = 0.003  # weight c2 of the entropy bonus
     vf_coef: float = 0.5  # weight c1 of the value loss
