@@ -111,7 +111,7 @@ class Agent(nn.Module):
 
         self.critic = network(1, std=1.0)
         self.actor = network(action_dim, std=0.01)
-        self.actor_logstd = nn.Parameter(torch.full((action_dim,), math.log(0.5)))
+        self.actor_logstd = nn.Parameter(torch.full((action_dim,), math.log(0.8)))
         self.obs_stats, self.return_stats = RunningMoments(obs_dim), RunningMoments()
         self.action_space = action_space
         # [-1, 1] becomes [low, high], 2 beside a single bound, itself at none (or one beyond 1e9)

@@ -102,7 +102,8 @@ def measure(run: Run) -> dict:
         if process.returncode or not greedy:
             raise RuntimeError(f"{run}\n{output}")
         reader = EventAccumulator(f"{folder}/run", size_guidance={"scalars": 0}).Reload()
-        episodes = reader.Scalars("charts/episodic_return")
+        tag = "charts/episodic_return"  # absent where no episode ended
+        episodes = reader.Scalars(tag) if tag in reader.Tags()["scalars"] else []
     steps, returns = [e.step for e in episodes], [e.value for e in episodes]
     row = run.key | dict(greedy_return=greedy[1], greedy_std=greedy[2])
     row["best_mean"] = best_mean(returns) if len(returns) >= 100 else ""

@@ -179,8 +179,8 @@ def draw(folder: Path) -> None:
             steps = np.arange(1, POINTS + 1) / POINTS * float(rows[0]["steps"])
             returns = np.array([row["curve"].split() for row in rows], float)
             for line in returns:  # in some parts no episode ended
-                known = np.isfinite(line)
-                line[:] = np.interp(steps, steps[known], line[known], left=np.nan)
+                if (known := np.isfinite(line)).any():
+                    line[:] = np.interp(steps, steps[known], line[known], left=np.nan)
             mean, deviation = returns.mean(0), returns.std(0)
             axis.plot(steps, mean, color=colors[who], label=who)
             band = dict(color=colors[who], alpha=0.25, linewidth=0)
