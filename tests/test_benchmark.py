@@ -148,6 +148,7 @@ def test_curve_and_mark():
     )
     curve = learning.curve([1, 10, 11, 990, 991, 1_005], [1.0, 2.0, 4.0, 5.0, 6.0, 8.0], 1_000)
     assert curve.split() == ["1.5", "4"] + ["nan"] * 96 + ["5", "7"]
+    assert learning.curve([], [], 1_000).split() == ["nan"] * 100
 
 
 def learned(script: str, source: str, options: str, run_dir) -> torch.Tensor:
@@ -212,6 +213,7 @@ def results(tmp_path, monkeypatch):
 
     given = zip((-100.0, -200.0, -300.0), ("3000", "", "1000"), strict=True)
     ours = [row("ours", seed, value, mark) for seed, (value, mark) in enumerate(given, 1)]
+    ours[1]["curve"] = " ".join(["nan"] * plot.POINTS)  # no episode ended
     peers = [row("stable-baselines3", *each) for each in ((1, -7.0, "7500"), (3, -7.0))]
     peers.append(row("stable-baselines3", 2, -7.0, "9000"))
     write(tmp_path / "learning.csv", [*ours, *peers])
