@@ -73,7 +73,7 @@ def average(x: Tensor) -> Tensor:
 
 
 def derive_seed(*key: int) -> int:
-    """A seed below 2^31 from integers, all of which but zeros at the end tell it apart."""
+    """A seed below 2^31 from integers; only zeros at their end make no difference."""
     return int(np.random.SeedSequence(key).generate_state(1)[0]) >> 1
 
 
@@ -318,7 +318,7 @@ def train(args: Args, checkpoint: dict | None = None, signals=()) -> dict:
         log = update(agent, params, optimizer, rollout, args, step_gradient)
         run["returns"] = (run["returns"] + [value for _, value, _ in episodes])[-100:]
         mean = sum(run["returns"]) / 100 if len(run["returns"]) == 100 else math.nan
-        mine = [float(steps), mean >= args.target_return or len(signals) > 0]  # next: of all
+        mine = [float(steps), mean >= args.target_return or len(signals) > 0]  # summed below
         steps, is_over = (average(torch.tensor(mine, device=device)) * WORLD_SIZE).tolist()
         run["global_step"] = global_step = start + round(steps)
         if RANK > 0:

@@ -95,7 +95,7 @@ def solved(folder: Path) -> str:
 
 
 def summary(folder: Path) -> str:
-    """Our greedy returns with the defaults, on the tasks that these were chosen by."""
+    """Our greedy returns with the defaults, on the seven main tasks."""
     cells = {}
     for (task, who), rows in grouped(folder / "learning.csv", "task", "who").items():
         if who == "ours" and rows[0]["environment"] in TASKS:
@@ -178,7 +178,7 @@ def draw(folder: Path) -> None:
         for who, rows in contenders.items():
             steps = np.arange(1, POINTS + 1) / POINTS * float(rows[0]["steps"])
             returns = np.array([row["curve"].split() for row in rows], float)
-            for line in returns:  # in some parts no episode ended
+            for line in returns:  # in some parts, or in all, no episode ended
                 if (known := np.isfinite(line)).any():
                     line[:] = np.interp(steps, steps[known], line[known], left=np.nan)
             mean, deviation = returns.mean(0), returns.std(0)
