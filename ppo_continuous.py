@@ -295,8 +295,6 @@ def train(args: Args, checkpoint: dict | None = None, signals=()) -> dict:
     torch.set_num_threads(1)  # small networks gain little from more
     gpu = args.cuda and torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if gpu else "cpu"
-    if WORLD_SIZE > 1:
-        torch.distributed.init_process_group("nccl" if gpu else "gloo")
     run_dir = args.run_dir or f"runs/{args.env_id}__{args.seed}__{time.time():.0f}"
     wrappers = [lambda env: gym.wrappers.RecordVideo(env, run_dir, lambda episode: True)]
     video = {"render_mode": "rgb_array", "wrappers": wrappers} if args.capture_video else {}
@@ -307,6 +305,8 @@ def train(args: Args, checkpoint: dict | None = None, signals=()) -> dict:
     params = nn.utils.parameters_to_vector(agent.parameters()).detach()
     nn.utils.vector_to_parameters(params, agent.parameters())  # which are now views of one vector
     optimizer = torch.optim.Adam([params], args.learning_rate, eps=1e-5, fused=True)  # detail 3
+    if WORLD_SIZE > 1:  # after Adam, whose imports would keep the group alive for good
+        torch.distributed.init_process_group("nccl" if gpu else "gloo")
     run = dict(global_step=0, best=-math.inf, returns=[])
     if checkpoint:
         agent.load_state_dict(checkpoint["agent"])

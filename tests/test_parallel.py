@@ -39,6 +39,7 @@ def ranks(process: subprocess.Popen) -> dict[int, int]:
 
 WORKER = """
 import importlib, sys, torch
+from pathlib import Path
 import conftest
 script, gradients = importlib.import_module(sys.argv[1]), []
 gradient = script.gradient
@@ -63,7 +64,8 @@ kind = "Discrete" if sys.argv[1] == "ppo_discrete" else "Continuous"
 args = script.Args(env_id=f"tests/Counting{kind}-v0", run_dir="run", eval_episodes=2, **options)
 result = script.train(args)
 agent = result.pop("agent").state_dict()
-saved = dict(run=result, agent=agent, gradients=gradients, grads=grads, data=data)
+threads = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
+saved = dict(run=result, agent=agent, gradients=gradients, grads=grads, data=data, threads=threads)
 torch.save(saved, f"{script.RANK}.pt")
 """
 
@@ -86,6 +88,10 @@ def test_two_processes_are_one_run(script, tmp_path):
             torch.testing.assert_close(gradient, expected)
     for name, value in first["agent"].items():
         assert torch.equal(value, second["agent"][name]), name
+
+    # no thread of the group outlives it: one that wants Python's lock at exit aborts the process
+    names = first["threads"] + second["threads"]
+    assert names and not any("gloo" in name for name in names)
 
     # so are the statistics, of the data of all
     obs, returns = (torch.cat(d) for d in zip(*first["data"], *second["data"], strict=True))
