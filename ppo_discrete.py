@@ -57,7 +57,7 @@ class Args:
     clip_coef: float = 0.1  # ε: the probability ratio gains nothing by moving beyond 1 ± ε
     clip_vloss: bool = False  # in its loss, keep V within ε of its old value as well
     ent_coef: float = 0.003  # weight c2 of the entropy bonus
-    vf_coef: float = 0.5  # weight c1 of the value loss
+    vf_coef: float = 0.5  # weight c1 of the value loss, ½ (V - target)²
     max_grad_norm: float = 0.5  # largest norm of the gradient of all parameters together
     target_kl: float | None = None  # end an iteration's epochs once KL(old, new) exceeds this
 
@@ -245,7 +245,7 @@ def update(agent: Agent, params: Tensor, optimizer, rollout: list, args, step_gr
             grad = average(grad)
             params.grad = grad * (args.max_grad_norm / (grad.norm() + 1e-6)).clamp(max=1)
             optimizer.step()
-        logratios = log.pop("logratios")  # of the last minibatch, as all that is logged
+        logratios = log.pop("logratios")  # of the last minibatch, like the losses
         log["approx_kl"] = average((logratios.exp() - 1 - logratios).mean())
         if args.target_kl is not None and log["approx_kl"] > args.target_kl:
             break
@@ -254,7 +254,7 @@ def update(agent: Agent, params: Tensor, optimizer, rollout: list, args, step_gr
     if not params.isfinite().all():
         raise FloatingPointError("a reward, or the loss, became NaN: lower --learning-rate?")
     agent.obs_stats.update(obs[:-1][real])  # only now: acting and learning have seen the old ones
-    log["explained_variance"] = 1 - advantages[real].var() / returns[real].var()
+    log["explained_variance"] = 1 - advantages[real].var() / returns[real].var()  # A = target - V
     return {f"losses/{name}": value.item() for name, value in log.items()}
 
 
@@ -263,7 +263,7 @@ def evaluate(agent: Agent, envs: gym.vector.VectorEnv, args: Args) -> float:
     returns = np.zeros(args.eval_episodes)
     for episode in range(args.eval_episodes):
         obs, _ = envs.reset(seed=derive_seed(args.seed, 3, episode))
-        for _ in range(envs.spec.max_episode_steps or 10_000):
+        for _ in range(envs.spec.max_episode_steps or 10_000):  # some have no limit
             obs, rewards, terminated, truncated, _ = envs.step(agent.act(obs))
             returns[episode] += rewards[0]
             if terminated[0] or truncated[0]:
@@ -292,7 +292,7 @@ def train(args: Args, checkpoint: dict | None = None, signals=()) -> dict:
     torch.manual_seed(derive_seed(args.seed, 0))  # the same parameters in all processes
     agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(device)
     params = nn.utils.parameters_to_vector(agent.parameters()).detach()
-    nn.utils.vector_to_parameters(params, agent.parameters())  # which are now views of one vector
+    nn.utils.vector_to_parameters(params, agent.parameters())  # now views of it: never rebind one
     optimizer = torch.optim.Adam([params], args.learning_rate, eps=1e-5, fused=True)  # detail 3
     if WORLD_SIZE > 1:  # after Adam, whose imports would keep the group alive for good
         torch.distributed.init_process_group("nccl" if gpu else "gloo")
@@ -332,7 +332,7 @@ def train(args: Args, checkpoint: dict | None = None, signals=()) -> dict:
             writer.add_scalar(tag, value, global_step)
         writer.flush()
         states = dict(run=run, agent=agent.state_dict(), optimizer=optimizer.state_dict())
-        if mean > run["best"]:
+        if mean > run["best"]:  # of episodes played before this update
             run["best"] = mean
             save(f"{run_dir}/best.pt", args=asdict(args), **states)
         save(f"{run_dir}/checkpoint.pt", args=asdict(args), **states)

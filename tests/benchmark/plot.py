@@ -48,7 +48,8 @@ def by_seed(rows: list[dict]) -> dict[str, float]:
 
 def spread(values: list[float]) -> str:
     """Mean and deviation."""
-    return f"{np.mean(values):.4g}" + f" ± {np.std(values):.2g}" * (len(values) > 1)
+    deviation = f" ± {np.std(values, ddof=1):.2g}" if len(values) > 1 else ""
+    return f"{np.mean(values):.4g}{deviation}"
 
 
 def median(rows: list[dict], column: str) -> str:
@@ -181,6 +182,7 @@ def draw(folder: Path) -> None:
             for line in returns:  # in some parts, or in all, no episode ended
                 if (known := np.isfinite(line)).any():
                     line[:] = np.interp(steps, steps[known], line[known], left=np.nan)
+            returns = returns[np.isfinite(returns).any(1)]
             mean, deviation = returns.mean(0), returns.std(0)
             axis.plot(steps, mean, color=colors[who], label=who)
             band = dict(color=colors[who], alpha=0.25, linewidth=0)
