@@ -46,10 +46,15 @@ def by_seed(rows: list[dict]) -> dict[str, float]:
     return {row["seed"]: float(row["greedy_return"]) for row in rows}
 
 
+def short(value: float, digits: int) -> str:
+    """Rounded, and without an exponent."""
+    return f"{float(f'{value:.{digits}g}'):g}"
+
+
 def spread(values: list[float]) -> str:
     """Mean and deviation."""
-    deviation = f" ± {np.std(values, ddof=1):.2g}" if len(values) > 1 else ""
-    return f"{np.mean(values):.4g}{deviation}"
+    deviation = f" ± {short(np.std(values, ddof=1), 2)}" if len(values) > 1 else ""
+    return short(np.mean(values), 4) + deviation
 
 
 def median(rows: list[dict], column: str) -> str:
@@ -66,7 +71,7 @@ def learning(folder: Path) -> str:
         line, returns = f"{task}: {who}", [*by_seed(rows).values()]
         reached = sum(bool(row["mark_steps"]) for row in rows)
         cells[line, "greedy return"] = spread(returns)
-        cells[line, "worst seed"] = f"{min(returns):.4g}"
+        cells[line, "worst seed"] = short(min(returns), 4)
         if best := [float(row["best_mean"]) for row in rows if row.get("best_mean")]:
             cells[line, "best mean of 100"] = spread(best)
         cells[line, "mark"] = str(ALL[rows[0]["environment"]][2])
