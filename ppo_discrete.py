@@ -223,7 +223,7 @@ def collect(envs: gym.vector.VectorEnv, agent: Agent, seed: int, args: Args):
 
 
 def update(agent: Agent, params: Tensor, optimizer, rollout: list, args, step_gradient) -> dict:
-    """Improve π and V by epochs x minibatches of steps on `params`, which their layers view."""
+    """Improve π and V by epochs x minibatches Adam steps on `params`, which all layers view."""
     # [num_steps, num_envs, ...], the first two a row more: row t + 1 is what row t led to
     obs, resets, actions, rewards, terminations, discounted = (c.to(params.device) for c in rollout)
     real, dones = ~resets[:-1], resets[1:]  # rows that are steps; steps that ended an episode
@@ -242,7 +242,7 @@ def update(agent: Agent, params: Tensor, optimizer, rollout: list, args, step_gr
         order = order.repeat(math.ceil(real.numel() / len(order)))[: real.numel()]
         for minibatch in zip(*(c[order].chunk(args.num_minibatches) for c in columns), strict=True):
             grad, log = step_gradient(agent, args, *minibatch)
-            grad = average(grad)
+            grad = average(grad)  # then clipped as by `clip_grad_norm_` (detail 11)
             params.grad = grad * (args.max_grad_norm / (grad.norm() + 1e-6)).clamp(max=1)
             optimizer.step()
         logratios = log.pop("logratios")  # of the last minibatch, like the losses

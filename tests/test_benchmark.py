@@ -244,3 +244,10 @@ def test_tables_and_the_figure_are_made_of_the_rows(results):
         assert line in page
     assert "old" not in page and plot.render(page) == page
     assert (results / "curves.png").read_bytes()[1:4] == b"PNG"
+
+    # in the parts between, a line; of the seed in which no episode ended, nothing
+    ours = plot.grouped(results / "learning.csv", "who")["ours",]
+    steps, mean, deviation = plot.average(ours)
+    assert (steps[0], steps[-1]) == (50, 5_000) and np.isnan(mean[:3]).all()
+    assert np.allclose(mean[3:43], 1.5) and np.allclose(mean[50:], 2.5)
+    assert np.allclose(mean[42:51], np.linspace(1.5, 2.5, 9)) and np.allclose(deviation[3:], 0)

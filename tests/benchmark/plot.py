@@ -166,6 +166,17 @@ def render(page: str) -> str:
     return re.sub(pattern, renew, page, flags=re.DOTALL)
 
 
+def average(rows: list[dict]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Steps, mean and deviation of the curves of the seeds in which an episode ended."""
+    steps = np.arange(1, POINTS + 1) / POINTS * float(rows[0]["steps"])
+    curves = np.array([row["curve"].split() for row in rows], float)
+    curves = curves[np.isfinite(curves).any(1)]
+    for line in curves:  # there may be parts in which no episode ended
+        known = np.isfinite(line)
+        line[:] = np.interp(steps, steps[known], line[known], left=np.nan)
+    return steps, curves.mean(0), curves.std(0)
+
+
 def draw(folder: Path) -> None:
     """Learning curves: mean over the seeds, and a band of one deviation around it."""
     matplotlib.use("agg")
@@ -182,13 +193,7 @@ def draw(folder: Path) -> None:
     figure, axes = plt.subplots(-(-len(tasks) // columns), columns, layout="constrained", **size)
     for axis, contenders in zip(axes.flat, tasks.values(), strict=False):
         for who, rows in contenders.items():
-            steps = np.arange(1, POINTS + 1) / POINTS * float(rows[0]["steps"])
-            returns = np.array([row["curve"].split() for row in rows], float)
-            for line in returns:  # in some parts, or in all, no episode ended
-                if (known := np.isfinite(line)).any():
-                    line[:] = np.interp(steps, steps[known], line[known], left=np.nan)
-            returns = returns[np.isfinite(returns).any(1)]
-            mean, deviation = returns.mean(0), returns.std(0)
+            steps, mean, deviation = average(rows)
             axis.plot(steps, mean, color=colors[who], label=who)
             band = dict(color=colors[who], alpha=0.25, linewidth=0)
             axis.fill_between(steps, mean - deviation, mean + deviation, **band)
