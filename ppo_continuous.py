@@ -1,29 +1,30 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies=["torch>=2.11,<2.14", "gymnasium[box2d]>=1.1", "numpy", "tensorboard>=2.21", "tyro"]
+# ///
 """Proximal Policy Optimization (PPO) for continuous actions, complete in one file.
 
-    python ppo_continuous.py --env-id Pendulum-v1  # learn, in a new folder in runs/
-        --run-dir runs/a                    # start in runs/a, or go on there
-        --evaluate runs/a/best.pt --render  # watch what was learned
+    python ppo_continuous.py --env-id Pendulum-v1 --run-dir runs/a  # learn; again: go on
+    python ppo_continuous.py --evaluate runs/a/best.pt --render  # watch what was learned
     torchrun --standalone --nproc-per-node 4 ppo_continuous.py  # learn with four processes
-
 "The paper": Schulman et al. 2017, arXiv:1707.06347. GAE: Schulman et al. 2016, arXiv:1506.02438.
 Detail n: Huang et al. 2022, "The 37 Implementation Details of PPO" (cn: for continuous actions).
 """
 
+import io
+import json
 import math
-import multiprocessing
 import os
-import signal
+import random
 import sys
 import time
-import zipfile
-from contextlib import suppress
 from dataclasses import asdict, dataclass
-from typing import Literal
 
 import gymnasium as gym
 import numpy as np
 import torch
 import tyro
+from gymnasium.error import DependencyNotInstalled, UnregisteredEnv
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
@@ -31,33 +32,29 @@ from torch.utils.tensorboard import SummaryWriter
 @dataclass
 class Args:
     seed: int = 1  # the same seed gives the same run
-    cuda: bool = True  # use a GPU where there is one
     compile: bool = False  # compile the gradient: pays in long runs
     run_dir: str | None = None  # folder of the run, which goes on from a checkpoint in it
     evaluate: str | None = None  # no training: play with the policy of this checkpoint
     eval_episodes: int = 10  # greedy episodes after training, or with --evaluate
     render: bool = False  # show the greedy episodes in a window
     capture_video: bool = False  # film the greedy episodes (needs moviepy)
-
     env_id: str = "Pendulum-v1"  # Gymnasium id, or my_module:MyEnv-v0 for one of your own
     total_timesteps: int = 500_000  # steps to learn from, over all environments and processes
     target_return: float = math.inf  # end training once the last 100 episodes reach this mean
     num_envs: int = 16  # environments stepped side by side, in each process
     num_steps: int = 256  # steps of each environment per iteration
-    vectorization_mode: Literal["auto", "sync", "async"] = "auto"  # native, else sync; films: sync
-
     hidden_size: int = 64  # units in each of the two hidden layers of both networks
     learning_rate: float = 8e-4  # of Adam, at the start
     anneal_lr: bool = True  # lower it linearly to 0 over the run
-    gamma: float = 0.995  # discount factor γ
-    gae_lambda: float = 0.95  # λ of GAE: 0 = TD(0), 1 = Monte Carlo
+    gamma: float = 0.995  # discount factor
+    gae_lambda: float = 0.95  # lambda of GAE: 0 = TD(0), 1 = Monte Carlo
     num_minibatches: int = 16  # gradient steps per epoch
     update_epochs: int = 10  # passes over the data of an iteration
     norm_adv: bool = True  # normalise the advantages of each minibatch
-    clip_coef: float = 0.1  # ε: the probability ratio gains nothing by moving beyond 1 ± ε
-    clip_vloss: bool = False  # in its loss, keep V within ε of its old value as well
+    clip_coef: float = 0.1  # epsilon: the ratio gains nothing by moving further than this from 1
+    clip_vloss: bool = False  # in its loss, keep V within epsilon of its old value as well
     ent_coef: float = 0.003  # weight c2 of the entropy bonus
-    vf_coef: float = 0.5  # weight c1 of the value loss, ½ (V - target)²
+    vf_coef: float = 0.5  # weight c1 of the value loss, (V - target)^2 / 2
     max_grad_norm: float = 0.5  # largest norm of the gradient of all parameters together
     target_kl: float | None = None  # end an iteration's epochs once KL(old, new) exceeds this
 
@@ -72,9 +69,13 @@ def average(x: Tensor) -> Tensor:
     return x
 
 
-def derive_seed(*key: int) -> int:
-    """A seed below 2^31 from integers; only zeros at their end make no difference."""
-    return int(np.random.SeedSequence(key).generate_state(1)[0]) >> 1
+def seed_everything(key: str) -> int:
+    """Seed all random numbers, those of environments too, from a text; returns that seed."""
+    random.seed(key)
+    seed = random.getrandbits(30)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    return seed
 
 
 class RunningMoments(nn.Module):
@@ -86,314 +87,313 @@ class RunningMoments(nn.Module):
         self.register_buffer("std", torch.ones(shape, dtype=torch.float64))
         self.register_buffer("sums", torch.zeros(3, *shape, dtype=torch.float64))  # of 1, x, x²
 
-    def update(self, data: Tensor) -> None:
-        """Take in data of shape [n, *shape]."""
-        self.sums += average(torch.stack([data.double() ** k for k in range(3)]).sum(1))
+    def update(self, x: Tensor) -> None:
+        """Take in data of shape [n, *shape]; rounding leaves a constant some deviation."""
+        x = x.double()
+        self.sums += average(torch.stack([torch.ones_like(x), x, x**2]).sum(dim=1))
         count, total, squares = self.sums
         self.mean = total / count
-        self.std = ((squares / count - self.mean**2).clamp(min=0) + 1e-8).sqrt()
+        self.std = (squares / count - self.mean**2).clamp(min=1e-15 * self.mean**2).sqrt() + 1e-30
 
 
 class Agent(nn.Module):
-    """Policy π and value function V of x (see `normalize`), and the statistics of their data."""
+    """Policy π and value function V, with the statistics that scale observations and rewards."""
 
     def __init__(self, obs_space: gym.spaces.Box, action_space: gym.spaces.Box, args: Args):
         super().__init__()
+        if not isinstance(obs_space, gym.spaces.Box):
+            sys.exit(f"error: observations must flatten to a Box, not {obs_space}")
+        if not isinstance(action_space, gym.spaces.Box):
+            sys.exit(f"error: actions must be a Box, not {action_space}")
         obs_dim, action_dim = math.prod(obs_space.shape), math.prod(action_space.shape)
 
-        def network(outputs: int, std: float) -> nn.Sequential:
-            first, last = nn.Linear(obs_dim, args.hidden_size), nn.Linear(args.hidden_size, outputs)
-            middle = nn.Linear(args.hidden_size, args.hidden_size)
-            for layer, gain in ((first, math.sqrt(2)), (middle, math.sqrt(2)), (last, std)):
+        def network(outputs: int, last_gain: float) -> nn.Sequential:
+            first = nn.Linear(obs_dim, args.hidden_size)
+            second = nn.Linear(args.hidden_size, args.hidden_size)
+            last = nn.Linear(args.hidden_size, outputs)
+            for layer, gain in ((first, math.sqrt(2)), (second, math.sqrt(2)), (last, last_gain)):
                 nn.init.orthogonal_(layer.weight, gain)  # detail 2
                 nn.init.zeros_(layer.bias)
-            return nn.Sequential(first, nn.Tanh(), middle, nn.Tanh(), last)
+            return nn.Sequential(first, nn.Tanh(), second, nn.Tanh(), last)
 
-        self.critic = network(1, std=1.0)
-        self.actor = network(action_dim, std=0.01)
-        self.actor_logstd = nn.Parameter(torch.full((action_dim,), math.log(0.8)))  # σ: detail c2
+        self.critic = network(1, last_gain=1.0)
+        self.actor = network(action_dim, last_gain=0.01)
+        self.actor_logstd = nn.Parameter(torch.full((action_dim,), math.log(0.8)))  # detail c2
         self.obs_stats, self.return_stats = RunningMoments(obs_dim), RunningMoments()
+        # The policy's [-1, 1] is stretched to the bounds of an action that has two.
         self.action_space = action_space
-        # [-1, 1] becomes [low, high], the 2 units beside a single bound, or itself; 1e9 is no bound
-        low, high = action_space.low.astype(float), action_space.high.astype(float)
-        low = np.where(low > -1e9, low, np.where(high < 1e9, high - 2, -1))
-        high = np.where(high < 1e9, high, low + 2)
-        self.action_center, self.action_scale = (low + high) / 2, (high - low) / 2
+        low, high = np.array([action_space.low, action_space.high], float).clip(-1e9, 1e9)
+        bounded = (low > -1e9) & (high < 1e9)
+        self.action_center = np.where(bounded, (low + high) / 2, np.clip(0, low, high))
+        self.action_scale = np.where(bounded, (high - low) / 2, 1)
 
     def normalize(self, obs: np.ndarray | Tensor) -> Tensor:
-        """Observations, flat: [..., obs_dim], as the networks see them (details c6 and c7)."""
-        obs = torch.as_tensor(obs, dtype=torch.float32, device=self.obs_stats.mean.device)
-        if obs.shape[-1:] != self.obs_stats.mean.shape or not obs.isfinite().all():
-            raise FloatingPointError("observations must be finite, in flat vectors")
+        """Flat observations, [..., obs_dim], as the networks see them (details c6 and c7)."""
+        obs = torch.as_tensor(obs, device=self.obs_stats.mean.device)
+        assert obs.shape[-1:] == self.obs_stats.mean.shape, f"no flat observations: {obs.shape}"
         return ((obs - self.obs_stats.mean) / self.obs_stats.std).clamp(-10, 10).float()
 
-    def get_action(self, x: Tensor) -> Tensor:
-        """Actions sampled from π(·|s), [..., action_dim]."""
-        return torch.normal(self.actor(x), self.actor_logstd.exp())
+    @torch.no_grad()
+    def get_action(self, obs: Tensor) -> Tensor:
+        """Actions sampled from π for normalised observations, [..., action_dim]."""
+        return torch.normal(self.actor(obs), self.actor_logstd.exp())
 
-    def get_logprob_and_entropy(self, x: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+    def get_logprob_and_entropy(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
         """log π(a|s), [...], and the entropy of π(·|s), which is the same in every state."""
-        z = (action - self.actor(x)) / self.actor_logstd.exp()
+        z = (action - self.actor(obs)) / self.actor_logstd.exp()
         log_density = -0.5 * z.square() - self.actor_logstd - 0.5 * math.log(2 * math.pi)
         return log_density.sum(-1), (self.actor_logstd + 0.5 * math.log(2 * math.pi * math.e)).sum()
 
-    def to_env(self, action: Tensor) -> np.ndarray:
-        """Actions as the environment takes them, [..., *action_space.shape] (detail c5)."""
+    def to_env(self, action: np.ndarray) -> np.ndarray:
+        """Actions of the policy as the environment takes them (detail c5)."""
         space = self.action_space
-        action = action.cpu().numpy().reshape(*action.shape[:-1], *space.shape)
-        action = self.action_center + self.action_scale * action
-        action = action.round() if space.dtype.kind in "iu" else action
-        inside = np.where(action <= space.low, space.low, action.astype(space.dtype))
-        return np.where(action >= space.high, space.high, inside)
+        action = action.reshape(*action.shape[:-1], *space.shape)
+        action = np.clip(self.action_center + self.action_scale * action, space.low, space.high)
+        return (action.round() if space.dtype.kind in "iu" else action).astype(space.dtype)
 
     @torch.no_grad()
     def act(self, obs: np.ndarray) -> np.ndarray:
         """The likeliest actions, as the environment takes them, for flat observations."""
-        return self.to_env(self.actor(self.normalize(obs)))
+        return self.to_env(self.actor(self.normalize(obs)).cpu().numpy())
 
 
-def compute_gae(rewards, values, terminations, dones, gamma, gae_lambda) -> Tensor:
-    """Generalised advantage estimates (GAE, eq. 16), [num_steps, num_envs]; values: a row more."""
-    # what a time limit cut off (done, not terminated) would have had a future, worth V(s[t+1])
-    deltas = rewards + gamma * values[1:] * ~terminations - values[:-1]
-    advantages, last = torch.empty_like(deltas), 0.0
-    for t in reversed(range(len(deltas))):
-        advantages[t] = last = deltas[t] + gamma * gae_lambda * last * ~dones[t]
+def make_envs(args: Args) -> gym.vector.VectorEnv:
+    """Environments side by side, their observations flat."""
+    # Gymnasium's own way would add a row after each episode that looks like a step, and is none.
+    no_autoreset = dict(autoreset_mode=gym.vector.AutoresetMode.DISABLED)
+    envs = gym.make_vec(args.env_id, args.num_envs, "sync", vector_kwargs=no_autoreset)
+    space = envs.single_observation_space
+    if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
+        envs = gym.wrappers.vector.FlattenObservation(envs)
+    return envs
+
+
+def collect(envs: gym.vector.VectorEnv, agent: Agent, args: Args, start: int):
+    """Yields rollouts, of each name a tensor [num_steps, num_envs, ...], from step `start` on."""
+    obs, _ = envs.reset(seed=seed_everything(f"reset {args.seed} {RANK} {start}"))
+    done = np.zeros(args.num_envs, bool)
+    lengths, returns, discounted_returns = np.zeros((3, args.num_envs))  # of the episodes so far
+    while True:
+        rows = []
+        for _ in range(args.num_steps):
+            actions = agent.get_action(agent.normalize(obs)).cpu().numpy()
+            next_obs, rewards, terminated, truncated, _ = envs.step(agent.to_env(actions))
+            # what is seen after a termination may be NaN, since nothing needs it
+            finite = np.isfinite(rewards) & (np.isfinite(next_obs).all(axis=1) | terminated)
+            for i in np.flatnonzero(~finite):
+                sys.exit(f"error: environment {i}: observation {next_obs[i]}, reward {rewards[i]}")
+            lengths = lengths * ~done + 1
+            returns = returns * ~done + rewards
+            discounted_returns = args.gamma * discounted_returns * ~done + rewards
+            done = terminated | truncated
+            row = dict(obs=obs, actions=actions, rewards=rewards, next_obs=next_obs)
+            row |= dict(terminated=terminated, done=done, discounted_returns=discounted_returns)
+            rows.append(row | dict(episodic_return=returns, episodic_length=lengths))
+            obs = next_obs
+            if done.any():
+                obs, _ = envs.reset(options={"reset_mask": done})
+        yield {name: torch.as_tensor(np.stack([row[name] for row in rows])) for name in rows[0]}
+
+
+def compute_gae(rewards, values, next_values, terminated, done, args: Args) -> Tensor:
+    """Generalised advantage estimates (GAE, eq. 16), [num_steps, num_envs] as all it takes."""
+    # what a time limit cut off (done, not terminated) would have had a future, worth V(s')
+    deltas = rewards + args.gamma * next_values.masked_fill(terminated, 0) - values
+    advantages = deltas.clone()
+    for t in reversed(range(len(deltas) - 1)):
+        advantages[t] += args.gamma * args.gae_lambda * ~done[t] * advantages[t + 1]
     return advantages
 
 
-def ppo_loss(agent, args, x, actions, old_logprobs, old_values, advantages, returns) -> tuple:
-    """-L^CLIP + c1 L^VF - c2 S of a minibatch (eq. 9 of the paper), and what to log of it.
-
-    A row a step: x is [n, obs_dim], actions [n, ...], all others [n]; returns: the targets of V.
-    """
+def ppo_loss(agent, args, obs, actions, old_logprobs, old_values, advantages, targets) -> tuple:
+    """-L^CLIP + c1 L^VF - c2 S of a minibatch (eq. 9 of the paper), and what to log of it."""
     if args.norm_adv:  # detail 7
         advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
-    logprobs, entropies = agent.get_logprob_and_entropy(x, actions)
+    logprobs, entropies = agent.get_logprob_and_entropy(obs, actions)
     logratios = logprobs - old_logprobs
     ratios = logratios.exp()  # r(θ)
     clipped_ratios = ratios.clamp(1 - args.clip_coef, 1 + args.clip_coef)
     policy_loss = -torch.min(ratios * advantages, clipped_ratios * advantages).mean()  # eq. 7
-
-    values = agent.critic(x).squeeze(-1)
-    errors = (values - returns).square()
+    values = agent.critic(obs).squeeze(-1)
+    errors = (values - targets).square()
     if args.clip_vloss:  # detail 9
         clipped_values = old_values + (values - old_values).clamp(-args.clip_coef, args.clip_coef)
-        errors = torch.max(errors, (clipped_values - returns).square())
-    value_loss, entropy = 0.5 * errors.mean(), entropies.mean()
+        errors = torch.max(errors, (clipped_values - targets).square())
+    value_loss = 0.5 * errors.mean()
+    entropy = entropies.mean()
     loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy
-    log = {"policy_loss": policy_loss, "value_loss": value_loss, "entropy": entropy}
-    return loss, log | {"logratios": logratios}
+    log = dict(policy_loss=policy_loss, value_loss=value_loss, entropy=entropy)
+    log |= dict(old_approx_kl=-logratios.mean(), approx_kl=(ratios - 1 - logratios).mean())
+    log["clipfrac"] = (ratios != clipped_ratios).float().mean()
+    return loss, {f"losses/{name}": value.detach() for name, value in log.items()}
 
 
-def gradient(agent: Agent, args: Args, *minibatch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+def gradient(agent: Agent, args: Args, minibatch: dict[str, Tensor]) -> tuple[Tensor, dict]:
     """The gradient of `ppo_loss`, of all parameters in one vector, and what to log."""
-    loss, log = ppo_loss(agent, args, *minibatch)
-    grads = torch.autograd.grad(loss, [*agent.parameters()])
-    return torch.cat([g.flatten() for g in grads]), {k: v.detach() for k, v in log.items()}
+    loss, log = ppo_loss(agent, args, **minibatch)
+    grads = torch.autograd.grad(loss, [*agent.parameters()], materialize_grads=True)
+    return torch.cat([grad.flatten() for grad in grads]), log
 
 
-def make_envs(args: Args, num_envs: int, **drawing) -> gym.vector.VectorEnv:
-    """Environments side by side, their observations flat; raises where there are none for PPO."""
-    mode = "sync" if args.render or args.capture_video else args.vectorization_mode
-    envs = gym.make_vec(args.env_id, num_envs, None if mode == "auto" else mode, **drawing)
-    if not isinstance(s := envs.single_observation_space, gym.spaces.Box) or len(s.shape) != 1:
-        with suppress(NotImplementedError):  # a space that Gymnasium does not know
-            envs = gym.wrappers.vector.FlattenObservation(envs)
-    spaces = envs.single_observation_space, envs.single_action_space
-    if not all(map(isinstance, spaces, (gym.spaces.Box, gym.spaces.Box))):
-        raise gym.error.Error(f"{spaces} must flatten to Box, Box (ppo_discrete.py: Box, Discrete)")
-    if envs.metadata.get("autoreset_mode") != gym.vector.AutoresetMode.NEXT_STEP:
-        raise gym.error.Error("its autoreset mode must be NEXT_STEP")
-    return envs
-
-
-@torch.no_grad()
-def collect(envs: gym.vector.VectorEnv, agent: Agent, seed: int, args: Args):
-    """Yields rollouts, their steps, and for each ended episode (steps so far, return, length)."""
-    obs, _ = envs.reset(seed=seed)
-    resets, lengths = np.zeros(args.num_envs, bool), np.zeros(args.num_envs, int)
-    returns, discounted = np.zeros((2, args.num_envs), np.float32)
-    # Gymnasium resets in the step after an episode's end. Such a row (`resets`), from the last
-    # observation of one episode to the first of the next, is no step: it must not enter anything.
-    while True:
-        states, rows, episodes, steps = [(obs.astype(np.float32), resets)], [], [], 0
-        for _ in range(args.num_steps):
-            action = agent.get_action(agent.normalize(states[-1][0]))
-            obs, rewards, terminated, truncated, _ = envs.step(agent.to_env(action))
-            steps += int((~resets).sum())
-            rewards = np.where(resets, 0, rewards).astype(np.float32)
-            discounted = rewards + args.gamma * discounted * ~resets
-            returns, lengths = rewards + returns * ~resets, (lengths + 1) * ~resets
-            resets = np.logical_or(terminated, truncated)  # the next row of these is no step
-            states.append((obs.astype(np.float32), resets))
-            rows.append((action.cpu(), rewards, np.array(terminated, bool), discounted))
-            episodes += [(steps, returns[i].item(), lengths[i].item()) for i in resets.nonzero()[0]]
-        columns = (*zip(*states, strict=True), *zip(*rows, strict=True))
-        yield [torch.as_tensor(np.stack(column)) for column in columns], steps, episodes
-
-
-def update(agent: Agent, params: Tensor, optimizer, rollout: list, args, step_gradient) -> dict:
-    """Improve π and V by epochs x minibatches Adam steps on `params`, which all layers view."""
-    # [num_steps, num_envs, ...], the first two a row more: row t + 1 is what row t led to
-    obs, resets, actions, rewards, terminations, discounted = (c.to(params.device) for c in rollout)
-    real, dones = ~resets[:-1], resets[1:]  # rows that are steps; steps that ended an episode
-    agent.return_stats.update(discounted[real])
-    rewards = (rewards / agent.return_stats.std).clamp(-10, 10).float()  # details c8 and c9
-    x = agent.normalize(obs)  # [num_steps + 1, num_envs, obs_dim]
+def update(agent: Agent, params: Tensor, optimizer, rollout: dict, args: Args, gradient) -> dict:
+    """Improve π and V in epochs of shuffled minibatches; what to log is of the last of these."""
+    agent.return_stats.update(rollout["discounted_returns"].flatten())
+    rewards = (rollout["rewards"] / agent.return_stats.std).float()  # detail c8, without c9
     with torch.no_grad():
-        values = agent.critic(x).squeeze(-1)  # [num_steps + 1, num_envs]
-        logprobs, _ = agent.get_logprob_and_entropy(x[:-1], actions)
-    advantages = compute_gae(rewards, values, terminations, dones, args.gamma, args.gae_lambda)
-    returns = advantages + values[:-1]
-    columns = [c[real] for c in (x[:-1], actions, logprobs, values[:-1], advantages, returns)]
+        obs = agent.normalize(rollout["obs"])
+        values = agent.critic(obs).squeeze(-1)
+        next_values = agent.critic(agent.normalize(rollout["next_obs"])).squeeze(-1)
+        logprobs, _ = agent.get_logprob_and_entropy(obs, rollout["actions"])
+    ends = rollout["terminated"], rollout["done"]
+    advantages = compute_gae(rewards, values, next_values, *ends, args)
+    batch = dict(obs=obs, actions=rollout["actions"], old_logprobs=logprobs, old_values=values)
+    batch |= dict(advantages=advantages, targets=advantages + values)
+    batch = {name: column.flatten(0, 1) for name, column in batch.items()}  # a row a step
     for _ in range(args.update_epochs):
-        # shuffled; in the places of reset rows, a few real ones a second time
-        order = torch.randperm(len(columns[0]), device=real.device)
-        order = order.repeat(math.ceil(real.numel() / len(order)))[: real.numel()]
-        for minibatch in zip(*(c[order].chunk(args.num_minibatches) for c in columns), strict=True):
-            grad, log = step_gradient(agent, args, *minibatch)
-            grad = average(grad)  # then clipped as by `clip_grad_norm_` (detail 11)
-            params.grad = grad * (args.max_grad_norm / (grad.norm() + 1e-6)).clamp(max=1)
+        order = torch.randperm(len(batch["obs"]), device=params.device)
+        parts = {name: c[order].tensor_split(args.num_minibatches) for name, c in batch.items()}
+        for k in range(args.num_minibatches):
+            grad, log = gradient(agent, args, {name: part[k] for name, part in parts.items()})
+            params.grad = average(grad)
+            nn.utils.clip_grad_norm_(params, args.max_grad_norm)  # detail 11
             optimizer.step()
-        logratios = log.pop("logratios")  # of the last minibatch, like the losses
-        log["approx_kl"] = average((logratios.exp() - 1 - logratios).mean())
-        if args.target_kl is not None and log["approx_kl"] > args.target_kl:
+        if args.target_kl is not None and average(log["losses/approx_kl"]) > args.target_kl:
             break
-    log["old_approx_kl"] = -logratios.mean()
-    log["clipfrac"] = ((logratios.exp() - 1).abs() > args.clip_coef).float().mean()
     if not params.isfinite().all():
-        raise FloatingPointError("a reward, or the loss, became NaN: lower --learning-rate?")
-    agent.obs_stats.update(obs[:-1][real])  # only now: acting and learning have seen the old ones
-    log["explained_variance"] = 1 - advantages[real].var() / returns[real].var()  # A = target - V
-    return {f"losses/{name}": value.item() for name, value in log.items()}
+        sys.exit("error: the loss became NaN or infinite: lower --learning-rate?")
+    agent.obs_stats.update(rollout["obs"].flatten(0, 1))  # all above has seen the old ones
+    unexplained = batch["advantages"].var() / batch["targets"].var()  # A = target - V
+    return log | {"losses/explained_variance": 1 - unexplained}
 
 
-def evaluate(agent: Agent, envs: gym.vector.VectorEnv, args: Args) -> float:
-    """Mean return of greedy episodes; episode k depends on (seed, k) and the agent alone."""
-    returns = np.zeros(args.eval_episodes)
-    for episode in range(args.eval_episodes):
-        obs, _ = envs.reset(seed=derive_seed(args.seed, 3, episode))
-        for _ in range(envs.spec.max_episode_steps or 10_000):  # some have no limit
-            obs, rewards, terminated, truncated, _ = envs.step(agent.act(obs))
-            returns[episode] += rewards[0]
-            if terminated[0] or truncated[0]:
-                break
-    print(f"greedy return of {len(returns)} episodes: {returns.mean():.2f} ± {returns.std():.2f}")
-    return float(returns.mean())
+def load(path: str, **modules: nn.Module | torch.optim.Optimizer) -> dict:
+    """Read a checkpoint, and into modules that it has by name; exits where it does not fit."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        for name, module in modules.items():
+            module.load_state_dict(checkpoint[name])
+        return checkpoint | {"args": Args(**checkpoint["args"])}
+    except Exception as error:  # damage has many names
+        sys.exit(f"error: {path}: damaged, or of another script or environment: {error!r:.200}")
 
 
-def save(path: str, **checkpoint) -> None:
-    """Write a checkpoint; after a kill the file is the old one or the new one, never a part."""
-    with open(f"{path}.tmp", "wb") as file:
-        torch.save(checkpoint, file)
-    os.replace(f"{path}.tmp", path)
-
-
-def train(args: Args, checkpoint: dict | None = None, signals=()) -> dict:
-    """Algorithm 1 of the paper, then greedy episodes; once there is a signal, save and return."""
+def train(args: Args) -> Agent:
+    """Algorithm 1 of the paper, in args.run_dir, where it goes on from a checkpoint."""
     torch.set_num_threads(1)  # small networks gain little from more
-    gpu = args.cuda and torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if gpu else "cpu"
-    run_dir = args.run_dir or f"runs/{args.env_id}__{args.seed}__{time.time():.0f}"
-    wrappers = [lambda env: gym.wrappers.RecordVideo(env, run_dir, lambda episode: True)]
-    video = {"render_mode": "rgb_array", "wrappers": wrappers} if args.capture_video else {}
-    eval_envs = make_envs(args, 1, **({"render_mode": "human"} if args.render else video))
-    envs = eval_envs if args.evaluate else make_envs(args, args.num_envs)
-    torch.manual_seed(derive_seed(args.seed, 0))  # the same parameters in all processes
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    config = json.loads(json.dumps(asdict(args)))  # refuses what no checkpoint can hold
+    callers_key = str(random.random())
+    seed_everything(f"start {args.seed}")  # so that all processes have the same parameters
+    envs = make_envs(args)
     agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(device)
+    # All parameters become parts of one vector: one tensor for Adam and torchrun, which is faster.
     params = nn.utils.parameters_to_vector(agent.parameters()).detach()
-    nn.utils.vector_to_parameters(params, agent.parameters())  # now views of it: never rebind one
+    nn.utils.vector_to_parameters(params, agent.parameters())
     optimizer = torch.optim.Adam([params], args.learning_rate, eps=1e-5, fused=True)  # detail 3
     if WORLD_SIZE > 1:  # after Adam, whose imports would keep the group alive for good
-        torch.distributed.init_process_group("nccl" if gpu else "gloo")
-    run = dict(global_step=0, best=-math.inf, returns=[])
-    if checkpoint:
-        agent.load_state_dict(checkpoint["agent"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        run = checkpoint["run"]
-    if RANK == 0 and not args.evaluate:  # the first process writes and prints
-        writer = SummaryWriter(run_dir, purge_step=run["global_step"] + 1)
-
-    if hasattr(torch._dynamo.config, "trace_autograd_ops"):  # since PyTorch 2.11
-        torch._dynamo.config.trace_autograd_ops = True  # --compile: loss and gradient in one graph
+        torch.distributed.init_process_group()
+    torch._dynamo.config.trace_autograd_ops = True  # --compile: loss and gradient in one graph
     step_gradient = torch.compile(gradient, dynamic=False) if args.compile else gradient
-    rollouts = collect(envs, agent, derive_seed(args.seed, 1, run["global_step"], RANK), args)
-    is_over = bool(args.evaluate) or run["best"] >= args.target_return
-    while run["global_step"] < args.total_timesteps and not is_over:
-        clock, start = time.time(), run["global_step"]
-        torch.manual_seed(derive_seed(args.seed, 2, start, RANK))
+
+    path = os.path.join(args.run_dir, "checkpoint.pt")
+    progress = dict(step=0, best=-math.inf, returns=[])
+    if os.path.exists(path):
+        progress = load(path, agent=agent, optimizer=optimizer)["progress"]
+    if RANK == 0:  # the first process writes and prints
+        writer = SummaryWriter(args.run_dir, purge_step=progress["step"] + 1)
+        writer.add_text("hyperparameters", "\n\n".join(f"{k}: {v}" for k, v in config.items()))
+        print(f"{args.run_dir}: step {progress['step']:,}, return {progress['best']:.2f} at best")
+    rollouts = collect(envs, agent, args, progress["step"])
+
+    while progress["step"] < args.total_timesteps and progress["best"] < args.target_return:
+        clock = time.time()
+        start = progress["step"]
+        seed_everything(f"iteration {args.seed} {RANK} {start}")  # so that a resumed run is equal
         remaining = 1 - start / args.total_timesteps if args.anneal_lr else 1
-        optimizer.param_groups[0]["lr"] = lr = remaining * args.learning_rate  # detail 4
-        rollout, steps, episodes = next(rollouts)
+        optimizer.param_groups[0]["lr"] = remaining * args.learning_rate  # detail 4
+        rollout = {name: column.to(device) for name, column in next(rollouts).items()}
         log = update(agent, params, optimizer, rollout, args, step_gradient)
-        run["returns"] = (run["returns"] + [value for _, value, _ in episodes])[-100:]
-        mean = sum(run["returns"]) / 100 if len(run["returns"]) == 100 else math.nan
-        mine = [float(steps), mean >= args.target_return or len(signals) > 0]  # summed below
-        steps, is_over = (average(torch.tensor(mine, device=device)) * WORLD_SIZE).tolist()
-        run["global_step"] = global_step = start + round(steps)
+        done = rollout["done"]
+        step = start + done.numel() * WORLD_SIZE
+        returns = (progress["returns"] + rollout["episodic_return"][done].tolist())[-100:]
+        mean = sum(returns) / 100 if len(returns) == 100 else math.nan
+        mean = average(torch.tensor(mean, device=device, dtype=torch.float64)).item()
+        if RANK == 0 and os.path.exists(path) and load(path)["progress"] != progress:
+            sys.exit(f"error: another run writes to {args.run_dir}")
+        names = ["best.pt", "checkpoint.pt"] if mean > progress["best"] else ["checkpoint.pt"]
+        progress = dict(step=step, best=max(progress["best"], mean), returns=returns)
         if RANK > 0:
             continue
-        for end, episodic_return, length in episodes:
-            writer.add_scalar("charts/episodic_return", episodic_return, start + end * WORLD_SIZE)
-            writer.add_scalar("charts/episodic_length", length, start + end * WORLD_SIZE)
-        sps = steps / (time.time() - clock)
-        log |= {"charts/learning_rate": lr, "charts/SPS": sps}
+        for t, env in done.nonzero().tolist():
+            for tag in ("episodic_return", "episodic_length"):
+                end = start + (t + 1) * args.num_envs * WORLD_SIZE
+                writer.add_scalar(f"charts/{tag}", rollout[tag][t, env], end)
+        sps = (step - start) / (time.time() - clock)
+        log |= {"charts/learning_rate": remaining * args.learning_rate, "charts/SPS": sps}
         for tag, value in log.items():
-            writer.add_scalar(tag, value, global_step)
+            writer.add_scalar(tag, value, step)
         writer.flush()
-        states = dict(run=run, agent=agent.state_dict(), optimizer=optimizer.state_dict())
-        if mean > run["best"]:  # of episodes played before this update
-            run["best"] = mean
-            save(f"{run_dir}/best.pt", args=asdict(args), **states)
-        save(f"{run_dir}/checkpoint.pt", args=asdict(args), **states)
-        print(f"{run_dir}: step {global_step:,}  return {mean:.2f}  {sps:,.0f} steps/s", flush=True)
-
+        checkpoint = dict(args=config, progress=progress)
+        checkpoint |= dict(agent=agent.state_dict(), optimizer=optimizer.state_dict())
+        data = io.BytesIO()  # writing a file itself, torch.save hides why that fails
+        torch.save(checkpoint, data)
+        for name in names:  # after a kill, a file is the old one or the new one
+            with open(f"{args.run_dir}/{name}.tmp", "wb") as file:
+                file.write(data.getbuffer())
+            os.replace(f"{args.run_dir}/{name}.tmp", f"{args.run_dir}/{name}")
+        print(f"step {step:,}  return {mean:.2f}  {sps:,.0f} steps/s", flush=True)
+    envs.close()
+    if RANK == 0:
+        writer.close()
     if WORLD_SIZE > 1:
         torch.distributed.destroy_process_group()
-    if RANK == 0 and args.eval_episodes and not signals:
-        run["eval_return"] = evaluate(agent, eval_envs, args)
-    envs.close()
-    eval_envs.close()
-    return run | {"agent": agent}
+    seed_everything(callers_key)
+    return agent
+
+
+def evaluate(args: Args, path: str) -> float:
+    """Mean return of greedy episodes of a checkpoint, which are shown or filmed."""
+    drawing = {"render_mode": "rgb_array"} if args.render or args.capture_video else {}
+    env = gym.wrappers.FlattenObservation(gym.make(args.env_id, **drawing))
+    if args.capture_video:
+        env = gym.wrappers.RecordVideo(env, os.path.dirname(path), episode_trigger=lambda k: True)
+    if args.render:
+        env = gym.wrappers.HumanRendering(env)
+    agent = Agent(env.observation_space, env.action_space, args)
+    load(path, agent=agent)
+    returns = np.zeros(max(1, args.eval_episodes))
+    for k in range(len(returns)):
+        obs, _ = env.reset(seed=seed_everything(f"evaluation {args.seed} {k}"))
+        for _ in range(env.spec.max_episode_steps or 10_000):
+            obs, reward, terminated, truncated, _ = env.step(agent.act(obs))
+            returns[k] += reward
+            if terminated or truncated:
+                break
+        else:
+            print(f"episode {k} was cut after 10,000 steps")
+    env.close()
+    print(f"greedy return of {len(returns)} episodes: {returns.mean():.2f} +- {returns.std():.2f}")
+    return float(returns.mean())
 
 
 def main() -> None:
     """Options that are not given are those of the checkpoint, if there is one."""
-    args, checkpoint, signals = tyro.cli(Args, description=__doc__), None, []
-    path = args.evaluate or os.path.join(args.run_dir or "", "checkpoint.pt")
-    if args.evaluate or args.run_dir and os.path.exists(path):
-        try:
-            if zipfile.ZipFile(path).testzip():  # torch.load compares no checksums
-                raise ValueError("wrong checksum")
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-            saved = Args(**checkpoint["args"])
-        except Exception as error:  # damage has many names
-            sys.exit(f"error: {path} is damaged, or no checkpoint of this script: {error!r:.200}")
-        args = tyro.cli(Args, default=saved, description=__doc__)
-        args.run_dir = os.path.dirname(path) or "."
-        if (args.env_id, args.hidden_size) != (saved.env_id, saved.hidden_size):
-            sys.exit(f"error: {path} has --env-id {saved.env_id} --hidden-size {saved.hidden_size}")
-
-    rows, parts = args.num_envs * args.num_steps, args.num_minibatches
-    least = min(args.num_envs, args.num_steps - 1, parts, args.update_epochs, args.hidden_size)
-    if least < 1 or rows % parts or rows == parts or min(args.seed, args.learning_rate) < 0:
-        sys.exit("error: counts >= 1, --num-steps >= 2, minibatches equal and >= 2 rows, all >= 0")
-
-    def on_signal(number, _frame):
-        if not multiprocessing.parent_process():  # else a worker, which is ended below
-            signals.append(number)
-            signal.signal(number, signal.SIG_DFL)  # a second one ends at once
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL if args.evaluate else on_signal)
+    args = tyro.cli(Args, description=__doc__)
+    run_dir = args.run_dir or f"runs/{args.env_id}__{args.seed}__{time.time_ns()}".replace(":", "_")
+    path = os.path.join(run_dir, "checkpoint.pt") if args.evaluate is None else args.evaluate
+    if args.evaluate is not None or os.path.exists(path):
+        args = tyro.cli(Args, default=load(path)["args"], description=__doc__)
+    args.run_dir = os.path.dirname(path) or "."
     try:
-        train(args, checkpoint, signals)
-    except (gym.error.Error, ImportError, FloatingPointError, OSError) as error:
-        sys.exit(f"error: {args.env_id}: {error}")
-    finally:
-        [worker.kill() for worker in multiprocessing.active_children()]
-    sys.exit(128 + signals[0] if signals else 0)
+        if args.evaluate is None:
+            train(args)
+        if RANK == 0 and (args.evaluate is not None or args.eval_episodes > 0):
+            evaluate(args, path)
+    except (UnregisteredEnv, DependencyNotInstalled, ModuleNotFoundError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print(f"stopped: --run-dir {args.run_dir} goes on", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

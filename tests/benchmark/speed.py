@@ -87,8 +87,11 @@ def run_ours(clock: Clock, setting: list, folder: str, options: list[str]) -> No
             return gradient(*minibatch)
 
         result = update(*before, rollout, args, timed_gradient)
-        resets = getattr(rollout, "resets", rollout[1])  # these rows are no steps
-        clock.lap(script.WORLD_SIZE * int((~resets[:-1]).sum()))
+        if isinstance(rollout, dict):
+            steps = rollout["done"].numel()
+        else:  # of an earlier version, which has rows that are no steps
+            steps = int((~rollout[1][:-1]).sum())
+        clock.lap(script.WORLD_SIZE * steps)
         return result
 
     script.make_envs = lambda *args, **kwargs: clock.note_first_step(make_envs(*args, **kwargs))
