@@ -18,13 +18,13 @@ import os
 import random
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import gymnasium as gym
 import numpy as np
 import torch
 import tyro
-from gymnasium.error import DependencyNotInstalled, UnregisteredEnv
+from gymnasium.error import DependencyNotInstalled, DeprecatedEnv, UnregisteredEnv
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
@@ -88,7 +88,7 @@ class RunningMoments(nn.Module):
         self.register_buffer("sums", torch.zeros(3, *shape, dtype=torch.float64))  # of 1, x, x²
 
     def update(self, x: Tensor) -> None:
-        """Take in data of shape [n, *shape]; rounding leaves a constant some deviation."""
+        """Take in data of shape [n, *shape]; at least what rounding leaves is the deviation."""
         x = x.double()
         self.sums += average(torch.stack([torch.ones_like(x), x, x**2]).sum(dim=1))
         count, total, squares = self.sums
@@ -101,10 +101,8 @@ class Agent(nn.Module):
 
     def __init__(self, obs_space: gym.spaces.Box, action_space: gym.spaces.Discrete, args: Args):
         super().__init__()
-        if not isinstance(obs_space, gym.spaces.Box):
-            sys.exit(f"error: observations must flatten to a Box, not {obs_space}")
-        if not isinstance(action_space, gym.spaces.Discrete):
-            sys.exit(f"error: actions must be Discrete, not {action_space}")
+        if type(obs_space) is not gym.spaces.Box or type(action_space) is not gym.spaces.Discrete:
+            sys.exit(f"error: spaces must be Box, Discrete, not {obs_space}, {action_space}")
         obs_dim, action_dim = math.prod(obs_space.shape), int(action_space.n)
 
         def network(outputs: int, last_gain: float) -> nn.Sequential:
@@ -123,7 +121,7 @@ class Agent(nn.Module):
 
     def normalize(self, obs: np.ndarray | Tensor) -> Tensor:
         """Flat observations, [..., obs_dim], as the networks see them (details c6 and c7)."""
-        obs = torch.as_tensor(obs, device=self.obs_stats.mean.device)
+        obs = torch.as_tensor(obs).to(self.obs_stats.mean)  # its device and dtype
         assert obs.shape[-1:] == self.obs_stats.mean.shape, f"no flat observations: {obs.shape}"
         return ((obs - self.obs_stats.mean) / self.obs_stats.std).clamp(-10, 10).float()
 
@@ -150,7 +148,7 @@ class Agent(nn.Module):
 
 def make_envs(args: Args) -> gym.vector.VectorEnv:
     """Environments side by side, their observations flat."""
-    # Gymnasium's own way would add a row after each episode that looks like a step, and is none.
+    # Resetting by itself, Gymnasium adds a row after each episode that looks like a step.
     no_autoreset = dict(autoreset_mode=gym.vector.AutoresetMode.DISABLED)
     envs = gym.make_vec(args.env_id, args.num_envs, "sync", vector_kwargs=no_autoreset)
     space = envs.single_observation_space
@@ -159,14 +157,15 @@ def make_envs(args: Args) -> gym.vector.VectorEnv:
     return envs
 
 
-def collect(envs: gym.vector.VectorEnv, agent: Agent, args: Args, start: int):
-    """Yields rollouts, of each name a tensor [num_steps, num_envs, ...], from step `start` on."""
-    obs, _ = envs.reset(seed=seed_everything(f"reset {args.seed} {RANK} {start}"))
-    done = np.zeros(args.num_envs, bool)
+def collect(envs: gym.vector.VectorEnv, agent: Agent, args: Args, obs: np.ndarray):
+    """Yields rollouts from obs on, with a tensor [num_steps, num_envs, ...] of each name."""
+    done = np.zeros(args.num_envs, bool)  # in the step before
     lengths, returns, discounted_returns = np.zeros((3, args.num_envs))  # of the episodes so far
     while True:
         rows = []
         for _ in range(args.num_steps):
+            for i in np.flatnonzero(~np.isfinite(obs).all(axis=1)):
+                sys.exit(f"error: environment {i} starts with the observation {obs[i]}")
             actions = agent.get_action(agent.normalize(obs)).cpu().numpy()
             next_obs, rewards, terminated, truncated, _ = envs.step(agent.to_env(actions))
             # what is seen after a termination may be NaN, since nothing needs it
@@ -180,15 +179,13 @@ def collect(envs: gym.vector.VectorEnv, agent: Agent, args: Args, start: int):
             row = dict(obs=obs, actions=actions, rewards=rewards, next_obs=next_obs)
             row |= dict(terminated=terminated, done=done, discounted_returns=discounted_returns)
             rows.append(row | dict(episodic_return=returns, episodic_length=lengths))
-            obs = next_obs
-            if done.any():
-                obs, _ = envs.reset(options={"reset_mask": done})
+            obs = envs.reset(options={"reset_mask": done})[0] if done.any() else next_obs
         yield {name: torch.as_tensor(np.stack([row[name] for row in rows])) for name in rows[0]}
 
 
 def compute_gae(rewards, values, next_values, terminated, done, args: Args) -> Tensor:
     """Generalised advantage estimates (GAE, eq. 16), [num_steps, num_envs] as all it takes."""
-    # what a time limit cut off (done, not terminated) would have had a future, worth V(s')
+    # A time limit (done, but not terminated) only cut the episode off: V(s') stands for the rest.
     deltas = rewards + args.gamma * next_values.masked_fill(terminated, 0) - values
     advantages = deltas.clone()
     for t in reversed(range(len(deltas) - 1)):
@@ -226,8 +223,8 @@ def gradient(agent: Agent, args: Args, minibatch: dict[str, Tensor]) -> tuple[Te
     return torch.cat([grad.flatten() for grad in grads]), log
 
 
-def update(agent: Agent, params: Tensor, optimizer, rollout: dict, args: Args, gradient) -> dict:
-    """Improve π and V in epochs of shuffled minibatches; what to log is of the last of these."""
+def update(agent, params, optimizer, rollout, args: Args, compute_gradient) -> dict[str, Tensor]:
+    """Improve π and V, whose parameters are parts of params, in epochs of shuffled minibatches."""
     agent.return_stats.update(rollout["discounted_returns"].flatten())
     rewards = (rollout["rewards"] / agent.return_stats.std).float()  # detail c8, without c9
     with torch.no_grad():
@@ -235,8 +232,8 @@ def update(agent: Agent, params: Tensor, optimizer, rollout: dict, args: Args, g
         values = agent.critic(obs).squeeze(-1)
         next_values = agent.critic(agent.normalize(rollout["next_obs"])).squeeze(-1)
         logprobs, _ = agent.get_logprob_and_entropy(obs, rollout["actions"])
-    ends = rollout["terminated"], rollout["done"]
-    advantages = compute_gae(rewards, values, next_values, *ends, args)
+    ends = dict(terminated=rollout["terminated"], done=rollout["done"])
+    advantages = compute_gae(rewards, values, next_values, **ends, args=args)
     batch = dict(obs=obs, actions=rollout["actions"], old_logprobs=logprobs, old_values=values)
     batch |= dict(advantages=advantages, targets=advantages + values)
     batch = {name: column.flatten(0, 1) for name, column in batch.items()}  # a row a step
@@ -244,14 +241,15 @@ def update(agent: Agent, params: Tensor, optimizer, rollout: dict, args: Args, g
         order = torch.randperm(len(batch["obs"]), device=params.device)
         parts = {name: c[order].tensor_split(args.num_minibatches) for name, c in batch.items()}
         for k in range(args.num_minibatches):
-            grad, log = gradient(agent, args, {name: part[k] for name, part in parts.items()})
+            minibatch = {name: part[k] for name, part in parts.items()}
+            grad, log = compute_gradient(agent, args, minibatch)
             params.grad = average(grad)
             nn.utils.clip_grad_norm_(params, args.max_grad_norm)  # detail 11
             optimizer.step()
         if args.target_kl is not None and average(log["losses/approx_kl"]) > args.target_kl:
             break
     if not params.isfinite().all():
-        sys.exit("error: the loss became NaN or infinite: lower --learning-rate?")
+        sys.exit("error: the loss became NaN: lower --learning-rate, or --num-minibatches?")
     agent.obs_stats.update(rollout["obs"].flatten(0, 1))  # all above has seen the old ones
     unexplained = batch["advantages"].var() / batch["targets"].var()  # A = target - V
     return log | {"losses/explained_variance": 1 - unexplained}
@@ -265,14 +263,15 @@ def load(path: str, **modules: nn.Module | torch.optim.Optimizer) -> dict:
             module.load_state_dict(checkpoint[name])
         return checkpoint | {"args": Args(**checkpoint["args"])}
     except Exception as error:  # damage has many names
-        sys.exit(f"error: {path}: damaged, or of another script or environment: {error!r:.200}")
+        sys.exit(f"error: {path}: no checkpoint of this script and environment: {error!r:.200}")
 
 
 def train(args: Args) -> Agent:
     """Algorithm 1 of the paper, in args.run_dir, where it goes on from a checkpoint."""
     torch.set_num_threads(1)  # small networks gain little from more
-    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    config = json.loads(json.dumps(asdict(args)))  # refuses what no checkpoint can hold
+    gpu = torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if gpu else "cpu"
+    args = Args(**json.loads(json.dumps(vars(args))))  # refuses what no checkpoint can hold
     callers_key = str(random.random())
     seed_everything(f"start {args.seed}")  # so that all processes have the same parameters
     envs = make_envs(args)
@@ -284,17 +283,17 @@ def train(args: Args) -> Agent:
     if WORLD_SIZE > 1:  # after Adam, whose imports would keep the group alive for good
         torch.distributed.init_process_group()
     torch._dynamo.config.trace_autograd_ops = True  # --compile: loss and gradient in one graph
-    step_gradient = torch.compile(gradient, dynamic=False) if args.compile else gradient
-
+    compute_gradient = torch.compile(gradient, dynamic=False) if args.compile else gradient
     path = os.path.join(args.run_dir, "checkpoint.pt")
     progress = dict(step=0, best=-math.inf, returns=[])
     if os.path.exists(path):
         progress = load(path, agent=agent, optimizer=optimizer)["progress"]
     if RANK == 0:  # the first process writes and prints
         writer = SummaryWriter(args.run_dir, purge_step=progress["step"] + 1)
-        writer.add_text("hyperparameters", "\n\n".join(f"{k}: {v}" for k, v in config.items()))
+        writer.add_text("hyperparameters", "\n\n".join(f"{k}: {v}" for k, v in vars(args).items()))
         print(f"{args.run_dir}: step {progress['step']:,}, return {progress['best']:.2f} at best")
-    rollouts = collect(envs, agent, args, progress["step"])
+    seed = seed_everything(f"reset {args.seed} {RANK} {progress['step']}")
+    rollouts = collect(envs, agent, args, envs.reset(seed=seed)[0])
 
     while progress["step"] < args.total_timesteps and progress["best"] < args.target_return:
         clock = time.time()
@@ -303,7 +302,7 @@ def train(args: Args) -> Agent:
         remaining = 1 - start / args.total_timesteps if args.anneal_lr else 1
         optimizer.param_groups[0]["lr"] = remaining * args.learning_rate  # detail 4
         rollout = {name: column.to(device) for name, column in next(rollouts).items()}
-        log = update(agent, params, optimizer, rollout, args, step_gradient)
+        log = update(agent, params, optimizer, rollout, args, compute_gradient)
         done = rollout["done"]
         step = start + done.numel() * WORLD_SIZE
         returns = (progress["returns"] + rollout["episodic_return"][done].tolist())[-100:]
@@ -312,7 +311,7 @@ def train(args: Args) -> Agent:
         if RANK == 0 and os.path.exists(path) and load(path)["progress"] != progress:
             sys.exit(f"error: another run writes to {args.run_dir}")
         names = ["best.pt", "checkpoint.pt"] if mean > progress["best"] else ["checkpoint.pt"]
-        progress = dict(step=step, best=max(progress["best"], mean), returns=returns)
+        progress = dict(step=step, best=float(np.fmax(progress["best"], mean)), returns=returns)
         if RANK > 0:
             continue
         for t, env in done.nonzero().tolist():
@@ -324,7 +323,7 @@ def train(args: Args) -> Agent:
         for tag, value in log.items():
             writer.add_scalar(tag, value, step)
         writer.flush()
-        checkpoint = dict(args=config, progress=progress)
+        checkpoint = dict(args=vars(args), progress=progress)
         checkpoint |= dict(agent=agent.state_dict(), optimizer=optimizer.state_dict())
         data = io.BytesIO()  # writing a file itself, torch.save hides why that fails
         torch.save(checkpoint, data)
@@ -380,10 +379,11 @@ def main() -> None:
             train(args)
         if RANK == 0 and (args.evaluate is not None or args.eval_episodes > 0):
             evaluate(args, path)
-    except (UnregisteredEnv, DependencyNotInstalled, ModuleNotFoundError) as error:
+    except (UnregisteredEnv, DeprecatedEnv, DependencyNotInstalled, ModuleNotFoundError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        print(f"stopped: --run-dir {args.run_dir} goes on", file=sys.stderr)
+        if RANK == 0:
+            print(f"stopped: --run-dir {args.run_dir} goes on", file=sys.stderr)
         sys.exit(130)
 
 

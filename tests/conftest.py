@@ -1,6 +1,6 @@
 import importlib
+import inspect
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -44,12 +44,30 @@ def args(script, kind, tmp_path):
 
 def start(script, args, learning_rate: float = 1e-3):
     """Environments, agent, flat parameters and optimizer, as `train` makes them."""
-    vector = script.make_envs(args, args.num_envs)
+    vector = script.make_envs(args)
     torch.manual_seed(args.seed)
     agent = script.Agent(vector.single_observation_space, vector.single_action_space, args)
     params = torch.nn.utils.parameters_to_vector(agent.parameters()).detach()
     torch.nn.utils.vector_to_parameters(params, agent.parameters())
     return vector, agent, params, torch.optim.Adam([params], learning_rate, eps=1e-5, fused=True)
+
+
+def collect(script, vector, agent, args):
+    """Rollouts, as `train` gets them."""
+    return script.collect(vector, agent, args, vector.reset(seed=args.seed)[0])
+
+
+def spy(script, name: str, monkeypatch) -> list[tuple[dict, object]]:
+    """Each call of a function of the script from now on: its arguments by name, its result."""
+    function, calls = getattr(script, name), []
+
+    def watch(*given, **named):
+        arguments = inspect.signature(function).bind(*given, **named).arguments
+        calls.append((arguments, function(*given, **named)))
+        return calls[-1][1]
+
+    monkeypatch.setattr(script, name, watch)
+    return calls
 
 
 def command(script: str, *options) -> list[str]:
@@ -64,14 +82,10 @@ def run(script: str, *options, cwd: Path) -> subprocess.CompletedProcess:
 def main(script, options: list, monkeypatch) -> int | str:
     """The script's `main` in this process; returns its exit code, or the message it ends with."""
     monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, options)])
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         script.main()
     except SystemExit as stop:
         return stop.code
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
     return 0
 
 

@@ -4,13 +4,13 @@ Each takes `continuous`: with it an action is one number in [-1, 1], without it 
 """
 
 import os
+import random
 import signal
 
 import gymnasium as gym
 import numpy as np
+import torch
 from gymnasium import spaces
-from gymnasium.vector import AutoresetMode, VectorEnv
-from gymnasium.vector.utils import batch_space
 
 END = 1000.0  # Counting shows END + t in the last observation of an episode of t steps
 
@@ -45,6 +45,13 @@ class ConstantReward(Tiny):
 
     def step(self, action):
         return self.observe(), 1.0, True, False, {}
+
+
+class NearlyHundred(Tiny):
+    """One step, the reward is 100 less an error."""
+
+    def step(self, action):
+        return self.observe(), 100 - self.np_random.random(), True, False, {}
 
 
 class ObservedReward(Tiny):
@@ -96,14 +103,14 @@ class Endless(Tiny):
 class Counting(Tiny):
     """Shows (t, END) alternatingly ended episodes of 1, 2, 3, 4, 1, ... steps, reward t + 1.
 
-    The last observation of an episode is END + t: no step ever starts from it, so that a reset row
-    is recognised by its observation. `log` holds what really happened: (observation, reward, ended)
-    of each step, in order.
+    The last observation of an episode is END + t: no step ever starts from it, so that a row that
+    is no step is recognised by its observation. `log` holds what really happened: (observation,
+    reward, ended) of each step, in order; `actions` what it was told to do.
     """
 
     def __init__(self, continuous: bool):
         super().__init__(continuous)
-        self.episode, self.length, self.log = -1, 0, []
+        self.episode, self.length, self.log, self.actions = -1, 0, [], []
 
     def reset(self, *, seed=None, options=None):
         self.episode += 1
@@ -114,6 +121,7 @@ class Counting(Tiny):
         return np.array([self.t + (END if self.t == self.length else 0)], np.float32)
 
     def step(self, action):
+        self.actions.append(action)
         before = self.observe()
         self.t += 1
         ended = self.t == self.length
@@ -122,52 +130,70 @@ class Counting(Tiny):
         return self.observe(), float(self.t), is_terminated, ended and not is_terminated, {}
 
 
-class CountingVector(VectorEnv):
-    """`Counting` as a native vector environment, which pays a reward of NaN in reset rows."""
+class Noise(Tiny):
+    """Random observations and rewards, none twice; 1 to 5 steps, then a termination or time limit.
 
-    metadata = {"autoreset_mode": AutoresetMode.NEXT_STEP}
-    reset_reward = np.nan
+    `log` holds what really happened: (observation, reward, ended) of each step, in order.
+    """
 
-    def __init__(self, num_envs: int, continuous: bool, max_episode_steps: int | None = None):
-        self.num_envs = num_envs
-        self.envs = [Counting(continuous) for _ in range(num_envs)]
-        self.single_observation_space = self.envs[0].observation_space
-        self.single_action_space = self.envs[0].action_space
-        self.observation_space = batch_space(self.single_observation_space, num_envs)
-        self.action_space = batch_space(self.single_action_space, num_envs)
+    scale = 1.0  # of observations
+    reward_scale, reward_center = 1.0, 0.0
+    after_termination: float | None = None  # what is seen then
 
-        self.obs = np.zeros((num_envs, 1), np.float32)
-        self.rewards = np.zeros(num_envs)
-        self.terminated, self.truncated = np.zeros((2, num_envs), np.uint8)  # as some have them
+    def __init__(self, continuous: bool):
+        super().__init__(continuous)
+        self.log = []
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
-        self.terminated[:] = self.truncated[:] = False
-        for i, env in enumerate(self.envs):
-            self.obs[i], _ = env.reset()
+        self.left, self.terminates = self.np_random.integers(1, 6), self.np_random.random() < 0.5
+        self.obs = self.observe()
         return self.obs, {}
 
-    def step(self, actions):
-        """Returns the same arrays every time, with other contents."""
-        for i, (env, done) in enumerate(
-            zip(self.envs, self.terminated | self.truncated, strict=True)
-        ):
-            if done:
-                self.obs[i], _ = env.reset()
-                self.rewards[i] = self.reset_reward
-                self.terminated[i] = self.truncated[i] = False
-            else:
-                step = env.step(actions[i])
-                self.obs[i], self.rewards[i], self.terminated[i], self.truncated[i], _ = step
-        return self.obs, self.rewards, self.terminated, self.truncated, {}
+    def observe(self):
+        return (self.scale * self.np_random.normal(size=1)).astype(np.float32)
+
+    def step(self, action):
+        self.left -= 1
+        ended = bool(self.left == 0)
+        reward = self.reward_center + self.reward_scale * self.np_random.normal()
+        self.log.append((self.obs.item(), reward, ended))
+        self.obs = self.observe()
+        if ended and self.terminates and self.after_termination is not None:
+            self.obs = np.full(1, self.after_termination, np.float32)
+        return self.obs, reward, ended and self.terminates, ended and not self.terminates, {}
 
 
-class SameStepVector(CountingVector):
-    metadata = {"autoreset_mode": AutoresetMode.SAME_STEP}
+class Dice(Tiny):
+    """Draws from the generators of NumPy, Python and PyTorch, and notes in `drawn` what it got."""
+
+    drawn: list[tuple[float, ...]] = []
+
+    def __init__(self, continuous: bool):
+        super().__init__(continuous)
+        self.throw()
+
+    def throw(self):
+        self.drawn.append((np.random.random(), random.random(), torch.rand(()).item()))
+
+    def observe(self):
+        self.throw()
+        return np.array([sum(self.drawn[-1])], np.float32)
+
+    def step(self, action):
+        self.t += 1
+        return self.observe(), sum(self.drawn[-1]), self.t == 5, False, {}
 
 
-class UnsaidModeVector(CountingVector):
-    metadata = {}
+class Learner(Tiny):
+    """Takes a gradient step of its own in each of three steps."""
+
+    def step(self, action):
+        assert torch.is_grad_enabled()
+        weight = torch.ones(1, requires_grad=True)
+        (2 * weight).sum().backward()
+        self.t += 1
+        return self.observe(), weight.grad.item(), self.t == 3, False, {}
 
 
 class Seeds(Tiny):
@@ -185,18 +211,28 @@ class Seeds(Tiny):
 
 
 class Broken(Tiny):
-    """So many good steps an environment, then a value that is not finite."""
+    """So many good steps, then what it is told to give: a value that is not finite, for example."""
 
-    def __init__(self, continuous: bool, steps: int = 10, obs: float = 0.0, reward: float = 0.0):
+    first = 0.0  # of the first observation of an episode
+    terminated = truncated = False
+
+    def __init__(self, continuous: bool, steps=10, obs=0.0, reward=0.0, size: int = 1):
         super().__init__(continuous)
-        self.good, self.obs, self.reward = steps, obs, reward
+        self.observation_space = spaces.Box(-np.inf, np.inf, (size,), np.float32)
+        self.good, self.obs, self.reward, self.size = steps, obs, reward, size
 
     def observe(self):
-        return np.full(1, self.obs if self.t >= self.good else 0, np.float32)
+        obs = np.full(self.size, np.pi, np.float32)
+        obs[0] = 0.0 if self.t else self.first
+        if self.t >= self.good:
+            obs[0] = self.obs
+        return obs
 
     def step(self, action):
         self.t += 1
-        return self.observe(), self.reward if self.t >= self.good else 0.0, False, False, {}
+        if self.t < self.good:
+            return self.observe(), 0.0, False, False, {}
+        return self.observe(), self.reward, self.terminated, self.truncated, {}
 
 
 class Interrupted(Tiny):
@@ -231,23 +267,6 @@ class Drawn(Tiny):
 
     def render(self):
         return np.full((64, 64, 3), self.t * 80, np.uint8)
-
-
-class DrawnVector(CountingVector):
-    """The native vector version of `Drawn` has other observations, as Atari's has."""
-
-    def __init__(self, num_envs: int, continuous: bool):
-        super().__init__(num_envs, continuous)
-        self.single_observation_space = spaces.Box(-np.inf, np.inf, (2,), np.float32)
-        self.observation_space = batch_space(self.single_observation_space, num_envs)
-
-    def reset(self, *, seed=None, options=None):
-        obs, infos = super().reset(seed=seed)
-        return np.repeat(obs, 2, 1), infos
-
-    def step(self, actions):
-        obs, rewards, *rest = super().step(actions)
-        return np.repeat(obs, 2, 1), np.nan_to_num(rewards), *rest
 
 
 class Strict(gym.Env):
@@ -407,42 +426,44 @@ class Corner(gym.Env):
 
 ENVS = {
     "ConstantReward": ConstantReward,
+    "NearlyHundred": NearlyHundred,
     "ObservedReward": ObservedReward,
     "TwoSteps": TwoSteps,
     "ActionReward": ActionReward,
     "MatchReward": MatchReward,
     "Endless": Endless,
     "Counting": Counting,
+    "Noise": Noise,
+    "Dice": Dice,
+    "Learner": Learner,
     "Seeds": Seeds,
     "Interrupted": Interrupted,
-}
-VECTOR_ENVS = {
-    "CountingVector": CountingVector,
-    "SameStepVector": SameStepVector,
-    "UnsaidModeVector": UnsaidModeVector,
 }
 OBSERVATIONS = {
     "Plane": spaces.Box(-1, 1, (2, 3), np.float64),
     "Cell": spaces.Discrete(5, start=2),
     "Mixed": spaces.Dict({"a": spaces.Discrete(3), "b": spaces.Box(-1, 1, (2, 2), np.float32)}),
     "Bits": spaces.MultiBinary(4),
+    "float64": spaces.Box(-1, 1, (4,), np.float64),
     "Sequence": spaces.Sequence(spaces.Discrete(2)),
     "Mission": spaces.Dict({"mission": Mission(), "image": spaces.Box(0, 1, (3,), np.float32)}),
 }
+for dtype in ("uint8", "uint16", "uint32", "int64"):
+    OBSERVATIONS[dtype] = spaces.Box(0, 200, (5,), dtype)
 
 for kind in ("Discrete", "Continuous"):
     kwargs = {"continuous": kind == "Continuous"}
     for name, env in ENVS.items():
         gym.register(f"tests/{name}{kind}-v0", env, kwargs=kwargs)
-    for name, env in VECTOR_ENVS.items():
-        gym.register(f"tests/{name}{kind}-v0", vector_entry_point=env, kwargs=kwargs)
     for name, options in {
         "NanStart": {"steps": 0, "obs": np.nan},
         "NanObs": {"obs": np.nan},
         "InfReward": {"reward": np.inf},
+        "Fine": {},
+        "Wide": {"size": 24},
     }.items():
         gym.register(f"tests/{name}{kind}-v0", Broken, kwargs=kwargs | options)
-    gym.register(f"tests/Drawn{kind}-v0", Drawn, vector_entry_point=DrawnVector, kwargs=kwargs)
+    gym.register(f"tests/Drawn{kind}-v0", Drawn, kwargs=kwargs)
     gym.register(
         f"tests/Counted{kind}-v0",
         Endless,
@@ -454,6 +475,8 @@ for kind in ("Discrete", "Continuous"):
         gym.register(f"tests/{name}{kind}-v0", Strict, kwargs=options)
 gym.register("tests/MultiDiscrete-v0", Strict, kwargs={"action_space": spaces.MultiDiscrete([2])})
 gym.register("tests/Start-v0", Strict, kwargs={"action_space": spaces.Discrete(3, start=-1)})
+scalar = {"action_space": spaces.Box(-2, 1, (), np.float32)}
+gym.register("tests/Scalar-v0", Strict, kwargs=scalar)
 ones = {"action_space": spaces.Box(0, 1, (3,), np.int8), "target": 1}
 gym.register("tests/ThreeOnes-v0", Target, kwargs=ones)
 beyond = {"action_space": spaces.Box(50, np.inf, (1,), np.float32), "target": 52}

@@ -10,10 +10,13 @@ import pytest
 import torch
 from conftest import ROOT, SCRIPTS
 
+import ppo_continuous
+
 sys.path.append(str(ROOT / "tests" / "benchmark"))
 import ablation  # noqa: E402
 import learning  # noqa: E402
 import plot  # noqa: E402
+import sb3  # noqa: E402
 import speed  # noqa: E402
 from common import commit, read, write  # noqa: E402
 
@@ -111,6 +114,22 @@ def test_learning_is_measured(call, monkeypatch):
     assert known(curve[1, 50:]).any() and not known(curve[0, 50:]).any()  # ours ended half-way
 
 
+def test_the_peer_plays_the_greedy_episodes_of_ours(monkeypatch):
+    class Still:
+        def get_vec_normalize_env(self):
+            return None
+
+        def predict(self, obs, deterministic):
+            return np.zeros(1, np.float32), None
+
+    args = ppo_continuous.Args(env_id="Pendulum-v1", seed=7, eval_episodes=2)
+    monkeypatch.setattr(ppo_continuous, "load", lambda path, **modules: {})
+    monkeypatch.setattr(ppo_continuous.Agent, "act", lambda self, obs: np.zeros(1, np.float32))
+    peers = sb3.evaluate(Still(), args.env_id, args.seed, args.eval_episodes)
+    assert peers[0] != peers[1]
+    assert np.mean(peers) == pytest.approx(ppo_continuous.evaluate(args, "some path"))
+
+
 def test_finished_runs_are_not_made_again_and_a_failed_one_keeps_the_others(call, measured):
     tasks = ["--environments", "Pendulum-v1", "Taxi-v4", "--jobs=1"]
     rows = call(learning, *tasks, "--seeds=1")
@@ -164,7 +183,7 @@ def learned(script: str, source: str, options: str, run_dir) -> torch.Tensor:
         args = module.tyro.cli(
             module.Args, args=[*given.split(), *options.split(), f"--run-dir={run_dir}"]
         )
-        return torch.nn.utils.parameters_to_vector(module.train(args)["agent"].parameters())
+        return torch.nn.utils.parameters_to_vector(module.train(args).parameters())
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -27,6 +27,11 @@ def start(name: str, *options: str, cwd: Path, restarts: int = 0) -> subprocess.
     return torchrun(ROOT / f"{name}.py", "--run-dir=run", *options, cwd=cwd, restarts=restarts)
 
 
+def read(folder: Path) -> dict:
+    """How far the run in this folder has come."""
+    return torch.load(folder / "run/checkpoint.pt", weights_only=True)["progress"]
+
+
 def ranks(process: subprocess.Popen) -> dict[int, int]:
     """Process id of each rank."""
     listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True)
@@ -40,32 +45,34 @@ def ranks(process: subprocess.Popen) -> dict[int, int]:
 WORKER = """
 import importlib, sys, torch
 from pathlib import Path
-import conftest
+import conftest, trouble
 script, gradients = importlib.import_module(sys.argv[1]), []
 gradient = script.gradient
 
-def watch(agent, args, *columns):
-    got = gradient(agent, args, *columns)
+def watch(agent, args, minibatch):
+    got = gradient(agent, args, minibatch)
     gradients.append(got[0].clone())
     return got
 
 script.gradient = watch
-data, update = [], script.update
+data, update, grads, kls = [], script.update, [], []
 
 def keep(agent, params, optimizer, rollout, *rest):
+    optimizer.register_step_post_hook(lambda *_: grads.append(params.grad.clone()))
     log = update(agent, params, optimizer, rollout, *rest)
-    data.append([rollout[0][:-1][~rollout[1][:-1]], rollout[5][~rollout[1][:-1]]])
-    grads.append(params.grad.clone())
+    optimizer._optimizer_step_post_hooks.clear()
+    data.append([rollout["obs"].flatten(0, 1), rollout["discounted_returns"].flatten()])
+    kls.append([len(grads), log["losses/approx_kl"].item()])
     return log
 
-script.update, grads = keep, []
-options = dict(num_envs=3, num_steps=9, num_minibatches=1, update_epochs=1, total_timesteps=150)
+script.update = keep
+options = dict(num_envs=3, num_steps=9, num_minibatches=1, update_epochs=20, total_timesteps=150)
+options |= dict(target_kl=1e-3, learning_rate=3e-3)
 kind = "Discrete" if sys.argv[1] == "ppo_discrete" else "Continuous"
-args = script.Args(env_id=f"tests/Counting{kind}-v0", run_dir="run", eval_episodes=2, **options)
-result = script.train(args)
-agent = result.pop("agent").state_dict()
+args = script.Args(env_id=f"trouble/Ranked{kind}-v0", run_dir="run", eval_episodes=2, **options)
+agent = script.train(args).state_dict()
 threads = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
-saved = dict(run=result, agent=agent, gradients=gradients, grads=grads, data=data, threads=threads)
+saved = dict(agent=agent, gradients=gradients, grads=grads, data=data, threads=threads, kls=kls)
 torch.save(saved, f"{script.RANK}.pt")
 """
 
@@ -89,6 +96,10 @@ def test_two_processes_are_one_run(script, tmp_path):
     for name, value in first["agent"].items():
         assert torch.equal(value, second["agent"][name]), name
 
+    # so is the KL that ends an iteration's epochs early, and in all at once
+    assert first["kls"] == second["kls"]
+    assert len(first["grads"]) < 20 * len(first["data"])
+
     # no thread of the group outlives it: one that wants Python's lock at exit aborts the process
     names = first["threads"] + second["threads"]
     assert names and not any("gloo" in name for name in names)
@@ -100,27 +111,41 @@ def test_two_processes_are_one_run(script, tmp_path):
     np.testing.assert_allclose(agent["obs_stats.std"], obs.numpy().astype(float).std(0), rtol=1e-6)
     np.testing.assert_allclose(agent["return_stats.std"], returns.numpy().std(), rtol=1e-5)
 
-    # steps count over both, the first one's episodes stand for all, and it alone writes and plays
-    assert first["run"]["global_step"] == second["run"]["global_step"] == len(obs)
+    # steps count over both, the first one's episodes stand for all, and it alone writes
+    assert read(tmp_path)["step"] == len(obs)
     steps = [step for step, _ in curves(tmp_path / "run")["charts/episodic_return"]]
     assert len(steps) > 5 and max(steps) <= len(obs) and steps == sorted(steps)
-    assert len([*(tmp_path / "run").glob("events*")]) == 1 and out.count("greedy return") == 1
+    assert len([*(tmp_path / "run").glob("events*")]) == 1 and out.count("step 54 ") == 1
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_all_after_the_iteration(number, tmp_path):
+def test_the_target_is_that_of_all_and_none_plays_the_same(tmp_path):
+    """One process gets returns of 0, the other of 4: their mean is 2."""
+    options = ["--env-id=trouble:trouble/RankedDiscrete-v0", *SMALL, "--eval-episodes=1"]
+    for target, steps in ((2, 1024), (3, 2560)):  # 1024: each has seen 100 episodes
+        more = [f"--target-return={target}", "--total-timesteps=2560"]
+        process = start("ppo_discrete", *options, *more, cwd=tmp_path)
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == 0, err
+        assert out.count("greedy return") == 1
+        progress = read(tmp_path)
+        assert progress["best"] == 2 and progress["step"] == steps
+    seeds = (tmp_path / "seeds").read_text().split()
+    # in both parts: the environments of both processes, and the same episode at the end
+    assert len(seeds) == 2 * (2 * 4 + 1) and len({*seeds}) == 2 * (2 * 4) + 1
+
+
+def test_ctrl_c_ends_all(tmp_path):
+    """Each process prints where to go on; torchrun has an exit code of its own."""
     process = start("ppo_continuous", *SMALL, "--total-timesteps=10000000", cwd=tmp_path)
     while not (tmp_path / "run/checkpoint.pt").exists():
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
-    for pid in ranks(process).values():
-        os.kill(pid, number)
+    pids = ranks(process)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     out, err = process.communicate(timeout=60)
-    # torchrun exits with 1; codes of its processes vary, since it ends the rest after the first
-    assert process.returncode == 1 and "ChildFailedError" in err, err
-    step = int(out.splitlines()[-1].split("step ")[1].split()[0].replace(",", ""))
-    saved = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)
-    assert saved["run"]["global_step"] == step and "greedy" not in out
+    assert process.returncode != 0 and "stopped: --run-dir run goes on" in err, err
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids.values())
+    assert read(tmp_path)["step"] > 0 and "greedy" not in out
 
 
 @pytest.mark.parametrize("victim", [0, 1])
@@ -135,9 +160,9 @@ def test_the_death_of_one_process_ends_all_and_the_run_goes_on(victim, tmp_path)
     process.communicate(timeout=60)
     assert process.returncode != 0
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids.values())
-    before = torch.load(path, weights_only=True)["run"]["global_step"]
+    before = read(tmp_path)["step"]
     goal = before + 500
     process = start("ppo_discrete", f"--total-timesteps={goal}", "--eval-episodes=1", cwd=tmp_path)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
-    assert torch.load(path, weights_only=True)["run"]["global_step"] >= goal
+    assert read(tmp_path)["step"] >= goal

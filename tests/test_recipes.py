@@ -33,6 +33,7 @@ NAMES = sorted(path.stem for path in RECIPES.glob("*.patch"))
 ENVIRONMENTS = {
     "action_masking": "tests/HighestValid-v0",
     "cnn": "tests/Corner-v0",
+    "episode_info": "tests/Success-v0",
     "gru": "tests/Walk-v0",
     "multidiscrete": "tests/Digits-v0",
     "wandb": "tests/Walk-v0",
@@ -80,6 +81,13 @@ def make_agent(name: str, actions: spaces.Space, obs_dim: int = 4):
     return agent
 
 
+def train_and_play(name: str, run_dir, **options) -> float:
+    """The mean return of greedy episodes after training."""
+    args = arguments(name, run_dir=str(run_dir), **options)
+    recipe(name).train(args)
+    return recipe(name).evaluate(args, f"{run_dir}/checkpoint.pt")
+
+
 def parameters(module) -> torch.Tensor:
     return nn.utils.parameters_to_vector(module.parameters()).detach()
 
@@ -108,7 +116,8 @@ def test_trains_goes_on_and_plays(name, tmp_path, monkeypatch, capsys, request):
     monkeypatch.chdir(tmp_path)
     sizes = [f"--{key.replace('_', '-')}={value}" for key, value in SMALL.items()]
     options = ["--run-dir=run", "--env-id", arguments(name).env_id, *sizes, "--eval-episodes=3"]
-    steps, played = [], []
+    steps = []
+    played = []
     for command in (
         [*options, "--total-timesteps=100"],
         [*options, "--total-timesteps=200"],
@@ -116,9 +125,9 @@ def test_trains_goes_on_and_plays(name, tmp_path, monkeypatch, capsys, request):
     ):
         assert main(recipe(name), command, monkeypatch) == 0
         said = capsys.readouterr().out
-        steps += map(int, re.findall(r"^run: step (\d+)", said, re.MULTILINE))
+        steps += map(int, re.findall(r"^step (\d+) ", said, re.MULTILINE))
         played += re.findall(r"greedy return of 3 episodes: .+", said)
-    assert steps[0] <= 64 and 200 <= steps[-1] < 264 and steps == sorted(set(steps))
+    assert steps == [64, 128, 192, 256]
     _, last, again = played
     assert last == again  # a checkpoint has all that acting needs
 
@@ -180,21 +189,21 @@ def test_renew_follows_the_script(repository):
     assert run(*renew).returncode == 0
     before = patch.read_text()
     assert "as before" in run(*renew).stdout and patch.read_text() == before
-    edit(readme, "hidden layers | 4 |", "hidden layers | 5 |")
-    for line in ("self.critic = network(1, std=1.0)", "def network(outputs: int, std: float)"):
+    edit(readme, "hidden layers | 2 |", "hidden layers | 5 |")
+    for line in ("self.critic = network(1, last_gain=1.0)", "def network(outputs: int,"):
         edited = edit(script, line, f"pass\n        {line}")
         assert run("git", "apply", "--check", patch).returncode == (1 if "critic" in line else 0)
-        assert "renewed, 4 changed lines" in run(*renew, "shared_trunk").stdout
+        assert "renewed, 2 changed lines" in run(*renew, "shared_trunk").stdout
         text, _, hunks = patch.read_text().partition("--- a/")
         assert text == words and "+        pass" not in hunks
         assert run("git", "apply", patch).returncode == 0
         assert run("git", "apply", "-R", patch).returncode == 0
         assert script.read_text() == edited
-    assert "hidden layers | 4 |" in readme.read_text()
+    assert "hidden layers | 2 |" in readme.read_text()
 
     edit(
         script,
-        "self.actor = network(action_dim, std=0.01)",
+        "self.actor = network(action_dim, last_gain=0.01)",
         "self.actor = network(action_dim, 0.02)",
     )
     renewed, conflict = patch.read_text(), run(*renew)
@@ -219,8 +228,8 @@ def test_the_penalty_is_the_kl_from_the_old_to_the_new_policy():
     old, new = Normal(torch.zeros((), dtype=torch.float64), 0.5), Normal(mean, logstd.exp())
     actions = old.icdf((torch.arange(n, dtype=torch.float64) + 0.5) / n)  # the old one's quantiles
     zeros = torch.zeros_like(actions)
-    judge = {"get_logprob_and_entropy": lambda x, a: (new.log_prob(a), zeros)}
-    agent = SimpleNamespace(beta=2.0, critic=lambda x: zeros.unsqueeze(-1), **judge)
+    judge = {"get_logprob_and_entropy": lambda obs, a: (new.log_prob(a), zeros)}
+    agent = SimpleNamespace(beta=2.0, critic=lambda obs: zeros.unsqueeze(-1), **judge)
     args, fixed = script.Args(norm_adv=False), (zeros, actions, old.log_prob(actions), zeros)
     loss, _ = script.ppo_loss(agent, args, *fixed, zeros, zeros)
     exact = 2 * kl_divergence(old, new)  # 2 x 0.18; the other way round it would be 2 x 0.12
@@ -235,14 +244,14 @@ def test_the_penalty_is_the_kl_from_the_old_to_the_new_policy():
 
 @pytest.mark.parametrize(("share", "factor"), [(0.66, 0.5), (0.67, 1), (1.49, 1), (1.51, 2)])
 def test_beta_follows_the_kl(share, factor):
-    script, kl, calls = recipe("adaptive_kl"), math.exp(0.1) - 1 - 0.1, []
-    args = arguments("adaptive_kl", target_kl=kl / share)
+    script, calls = recipe("adaptive_kl"), []
+    args = arguments("adaptive_kl", target_kl=0.005 / share)
     envs, agent, params, optimizer = start(script, args)
-    rollout, _, _ = next(script.collect(envs, agent, 1, args))
+    rollout = next(script.collect(envs, agent, args, envs.reset(seed=1)[0]))
 
     def gradient(*_):
         calls.append(None)
-        return torch.zeros_like(params), {"logratios": torch.full((8,), 0.1)}
+        return torch.zeros_like(params), {"losses/approx_kl": torch.tensor(0.005)}
 
     for before in (1.0, factor):
         assert agent.state_dict()["beta"] == before  # a checkpoint holds it
@@ -278,7 +287,7 @@ def test_each_network_learns_at_its_own_rate(tmp_path):
         folder = str(tmp_path / f"{len(rates)}")
         options |= {"env_id": "tests/CountingContinuous-v0", "run_dir": folder}
         args = script.Args(**SMALL, **options, total_timesteps=150, eval_episodes=0)
-        agent = script.train(args)["agent"]
+        agent = script.train(args)
         rates[agent] = curves(folder)
         return agent
 
@@ -302,33 +311,31 @@ def test_each_network_learns_at_its_own_rate(tmp_path):
 def test_returns_are_the_discounted_rewards_and_what_is_left_at_the_end():
     script, gamma, shape = recipe("returns_minus_baseline"), 0.9, (23, 7)
     rng = np.random.default_rng(0)
-    resets = np.zeros((24, 7), bool)
-    for t in range(23):  # a reset row ends nothing
-        resets[t + 1] = ~resets[t] & (rng.random(7) < 0.3)
-    dones, terminations = resets[1:], resets[1:] & (rng.random(shape) < 0.5)
-    assert (dones & ~terminations).any() and terminations.any() and not dones[-1].all()
-    rewards, values = np.where(resets[:-1], 0, rng.normal(size=shape)), rng.normal(size=(24, 7))
-    columns = (torch.tensor(column) for column in (rewards, values, terminations, dones))
-    got = script.compute_returns(*columns, gamma).numpy()
-    for t, env in np.argwhere(~resets[:-1]):
-        last = t + [*dones[t:-1, env], True].index(True)
+    done = rng.random(shape) < 0.3
+    terminated = done & (rng.random(shape) < 0.5)
+    assert (done & ~terminated).any() and terminated.any() and not done[-1].all()
+    rewards, values, next_values = rng.normal(size=(3, *shape))
+    columns = map(torch.tensor, (rewards, values, next_values, terminated, done))
+    got = script.compute_advantages(*columns, script.Args(gamma=gamma)).numpy() + values
+    for t, env in np.ndindex(shape):
+        last = t + [*done[t:-1, env], True].index(True)
         steps = np.arange(last - t + 1)
         expected = gamma**steps @ rewards[t : last + 1, env]
-        if not terminations[last, env]:
-            expected += gamma ** len(steps) * values[last + 1, env]
+        if not terminated[last, env]:
+            expected += gamma ** len(steps) * next_values[last, env]
         assert got[t, env] == pytest.approx(expected, abs=1e-12)
 
 
 def test_the_same_is_learned_as_from_gae_with_lambda_1(tmp_path):
-    options = dict(total_timesteps=50, eval_episodes=0, env_id="tests/CountingContinuous-v0")
-    options |= SMALL | {"run_dir": str(tmp_path)}
+    options = SMALL | dict(total_timesteps=50, env_id="tests/CountingContinuous-v0")
     script = recipe("returns_minus_baseline")
-    results = [
-        script.train(script.Args(**options)),
-        ppo_continuous.train(ppo_continuous.Args(**options, gae_lambda=1.0)),
+    agents = [
+        script.train(script.Args(**options, run_dir=str(tmp_path / "a"))),
+        ppo_continuous.train(
+            ppo_continuous.Args(**options, run_dir=str(tmp_path / "b"), gae_lambda=1.0)
+        ),
     ]
-    got, expected = (parameters(result["agent"]) for result in results)
-    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(*map(parameters, agents), rtol=0, atol=1e-5)
 
 
 # squashed_policy
@@ -342,10 +349,10 @@ def tanh_policy(agent, x):
 def test_log_density_is_that_of_the_squashed_action():
     agent = make_agent("squashed_policy", spaces.Box(-3, 5, (2,))).double()
     x = torch.randn(50, 4, dtype=torch.float64)
-    u = agent.get_action(x).detach()
+    u = agent.get_action(x)
     logprob, _ = agent.get_logprob_and_entropy(x, u)
     torch.testing.assert_close(logprob, tanh_policy(agent, x).log_prob(u.tanh()).sum(-1))
-    np.testing.assert_allclose(agent.to_env(u), 1 + 4 * u.tanh(), rtol=1e-6)
+    np.testing.assert_allclose(agent.to_env(u.numpy()), 1 + 4 * u.tanh(), rtol=1e-6)
     far = torch.tensor([[-90.0, 90.0]]).requires_grad_()  # where 1 - tanh² u rounds to 0
     slope = agent.log_slope(far)
     torch.testing.assert_close(slope, 2 * math.log(2) - 2 * far.abs())
@@ -372,9 +379,9 @@ def test_only_dimensions_with_both_bounds_are_squashed():
     plain = ppo_continuous.Agent(spaces.Box(-1, 1, (4,)), space, plain)
     plain.load_state_dict(agent.state_dict(), strict=False)
     u, x = torch.tensor([[0.5, -1.5, 1.5, 7.0], [9.0, 2.0, -2.0, -7.0]]), torch.randn(2, 4)
-    expected = plain.to_env(u)
+    expected = plain.to_env(u.numpy())
     expected[:, 0, 0] = 1 + 3 * np.tanh([0.5, 9])
-    np.testing.assert_allclose(agent.to_env(u), expected, rtol=1e-6)
+    np.testing.assert_allclose(agent.to_env(u.numpy()), expected, rtol=1e-6)
     logprob, _ = plain.get_logprob_and_entropy(x, u)
     expected = logprob - (1 - u[:, 0].double().tanh() ** 2).log()
     logprob, _ = agent.get_logprob_and_entropy(x, u)
@@ -400,28 +407,72 @@ def test_noise_is_standard_normal_with_its_power_spectrum(beta, steps):
 
 
 def test_noise_makes_the_actions_and_its_color_falls_to_white(tmp_path, monkeypatch):
-    script, drawn, done = recipe("colored_noise"), [], [0]
+    """Also in a run that goes on."""
+    script, drawn, steps = recipe("colored_noise"), [], []
     colored_noise = script.colored_noise
 
     def draw(shape, beta):
         drawn.append((beta, colored_noise(shape, beta)))
         return drawn[-1][1]
 
-    def update(agent, params, optimizer, rollout, *_):
-        obs, resets, actions, *_ = rollout
+    def update(agent, params, optimizer, rollout, args, gradient):
         beta, noise = drawn[-1]
-        assert beta == pytest.approx(0.8 * (1 - done[-1] / 300))
-        expected = agent.actor(agent.normalize(obs[:-1])) + agent.actor_logstd.exp() * noise
-        torch.testing.assert_close(actions, expected.detach())
-        done.append(done[-1] + int((~resets[:-1]).sum()))
+        steps.append(64 * len(steps))
+        assert beta == pytest.approx(0.8 * (1 - steps[-1] / args.total_timesteps))
+        expected = agent.actor(agent.normalize(rollout["obs"])) + agent.actor_logstd.exp() * noise
+        torch.testing.assert_close(rollout["actions"], expected.detach())
         return {}
 
     monkeypatch.setattr(script, "colored_noise", draw)
     monkeypatch.setattr(script, "update", update)
-    options = dict(noise_color=0.8, total_timesteps=300, run_dir=str(tmp_path))
-    options["env_id"] = "tests/EndlessContinuous-v0"
-    script.train(arguments("colored_noise", **options))
-    assert len(drawn) == len(done) - 1 > 4
+    options = dict(noise_color=0.8, env_id="tests/EndlessContinuous-v0", run_dir=str(tmp_path))
+    for total in (100, 300):
+        script.train(arguments("colored_noise", total_timesteps=total, **options))
+    assert len(drawn) == len(steps) == 5
+
+
+# episode_info
+
+
+class Success(gym.Env):
+    """1 to 5 steps; the return of an episode is 1 if it was a success, which `info` says."""
+
+    observation_space, action_space = spaces.Box(0, 1, (1,)), spaces.Box(-1, 1, (1,))
+
+    def __init__(self, kind: str = "at the end"):
+        self.kind = kind
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.left, self.success = self.np_random.integers(1, 6), self.np_random.random() < 0.5
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        self.left -= 1
+        ended = bool(self.left == 0)
+        said = {"always": self.success if ended else not self.success, "number": int(self.success)}
+        said["array"] = np.bool_(self.success)
+        said["at the end"] = bool(self.success)
+        is_said = self.kind != "never" and (ended or self.kind != "at the end")
+        info = {"is_success": said[self.kind]} if is_said else {}
+        return np.zeros(1, np.float32), float(ended and self.success), False, ended, info
+
+
+gym.register("tests/Success-v0", Success)
+
+
+@pytest.mark.parametrize("kind", ["always", "number", "array", "at the end", "never"])
+def test_success_is_that_of_the_episode(kind, tmp_path):
+    """A point for each episode, at its end."""
+    gym.registry.pop("tests/SuccessSaid-v0", None)
+    gym.register("tests/SuccessSaid-v0", Success, kwargs={"kind": kind})
+    options = dict(total_timesteps=120, env_id="tests/SuccessSaid-v0", run_dir=str(tmp_path))
+    recipe("episode_info").train(arguments("episode_info", **options))
+    found = curves(tmp_path)
+    returns = found["charts/episodic_return"]
+    assert len(returns) > 20 and {value for _, value in returns} == {0, 1}
+    expected = [(step, 0.0) for step, _ in returns] if kind == "never" else returns
+    assert found["charts/success"] == expected
 
 
 # gru
@@ -430,46 +481,49 @@ def test_noise_makes_the_actions_and_its_color_falls_to_white(tmp_path, monkeypa
 def test_gru_learns_from_the_memory_it_acted_with(monkeypatch):
     """Over rollouts and episode ends, acting and `update` agree with a plain loop."""
     script = recipe("gru")
-    sizes = dict(num_envs=6, num_steps=20, num_minibatches=3, hidden_size=8)
-    args = arguments("gru", **sizes)
+    args = arguments("gru", num_envs=6, num_steps=20, num_minibatches=3, hidden_size=8)
     envs, agent, params, optimizer = start(script, args)
     optimizer.param_groups[0]["lr"] = 0.0  # what was collected stays what is learned from
     for parameter in agent.actor[-1].parameters():
         parameter.data *= 50  # no action is about as likely as another
-    memory, ends_at_boundary = torch.zeros(6, 8), 0
-    acted_with, get_action = [], agent.get_action
-    monkeypatch.setattr(agent, "get_action", lambda x: (acted_with.append(x), get_action(x))[1])
-    learned_from, ppo_loss = [], script.ppo_loss
+    acted_with, learned_from, ppo_loss = [], [], script.ppo_loss
+    agent.actor.register_forward_pre_hook(lambda _, given: acted_with.append(given[0].clone()))
+    names = ["actions", "old_logprobs", "old_values", "advantages", "targets"]
 
-    def watch(agent, args, *columns):
-        learned_from.append(torch.cat([c.detach().view(len(c), -1) for c in columns], 1))
-        return ppo_loss(agent, args, *columns)
+    def watch(agent, args, obs, **columns):
+        rest = torch.stack([columns[name] for name in names], -1)
+        learned_from.append(torch.cat([obs.detach(), rest], -1).flatten(0, 1))
+        return ppo_loss(agent, args, obs, **columns)
 
     monkeypatch.setattr(script, "ppo_loss", watch)
-    rollouts = script.collect(envs, agent, 1, args)
+    rollouts = script.collect(envs, agent, args, envs.reset(seed=1)[0])
+    memory = torch.zeros(6, 8)
+    ends_at_boundary = 0
     for _ in range(3):
         acted_with.clear()
         learned_from.clear()
-        rollout, _, _ = next(rollouts)
-        obs, resets, actions, rewards, terminations, *_ = rollout
-        plain = []
-        for row, reset in zip(agent.normalize(obs), resets, strict=True):
-            plain.append(agent.gru(row, memory).detach())
-            before, memory = memory, torch.where(reset.unsqueeze(-1), 0, plain[-1])
-        memory, plain = before, torch.stack(plain)  # the next rollout begins with the last row
-        torch.testing.assert_close(torch.stack(acted_with), plain[:-1])
-        ends_at_boundary += int(resets[-1].sum())
+        rollout = next(rollouts)
+        plain, next_plain = [], []
+        rows = agent.normalize(rollout["obs"]), agent.normalize(rollout["next_obs"])
+        for obs, next_obs, done in zip(*rows, rollout["done"], strict=True):
+            plain.append(agent.gru(obs, memory).detach())
+            next_plain.append(agent.gru(next_obs, plain[-1]).detach())
+            memory = torch.where(done.unsqueeze(-1), 0, plain[-1])
+        plain, next_plain = torch.stack(plain), torch.stack(next_plain)
+        torch.testing.assert_close(torch.stack(acted_with), plain)
+        ends_at_boundary += int(done.sum())
 
         log = script.update(agent, params, optimizer, rollout, args, script.gradient)
         assert abs(log["losses/approx_kl"]) < 1e-6
         values = agent.critic(plain).squeeze(-1).detach()
-        logprobs, _ = agent.get_logprob_and_entropy(plain[:-1], actions)
-        scaled = (rewards / agent.return_stats.std).float()
-        rest = terminations, resets[1:], args.gamma, args.gae_lambda
-        advantages = script.compute_gae(scaled, values, *rest)
-        columns = logprobs.detach(), values[:-1], advantages, advantages + values[:-1]
-        expected = torch.cat([plain[:-1], torch.stack([actions, *columns], -1)], -1)
-        expected = expected[~resets[:-1]]  # no reset row
+        next_values = agent.critic(next_plain).squeeze(-1).detach()
+        logprobs, _ = agent.get_logprob_and_entropy(plain, rollout["actions"])
+        scaled = (rollout["rewards"] / agent.return_stats.std).float()
+        ends = rollout["terminated"], rollout["done"]
+        advantages = script.compute_gae(scaled, values, next_values, *ends, args)
+        columns = logprobs.detach(), values, advantages, advantages + values
+        expected = torch.stack([rollout["actions"], *columns], -1)
+        expected = torch.cat([plain, expected], -1).flatten(0, 1)
         for epoch in (learned_from[:3], learned_from[3:]):  # each step once
             got = torch.cat(epoch)
             orders = got[:, 0].argsort(), expected[:, 0].argsort()
@@ -481,42 +535,52 @@ def test_gru_learns_from_the_memory_it_acted_with(monkeypatch):
 def test_gru_gradient_reaches_the_first_step_of_an_episode_only():
     script = recipe("gru")
     agent = script.Agent(spaces.Box(-1, 1, (3,)), spaces.Discrete(2), script.Args(hidden_size=8))
-    x, memory = torch.randn(7, 2, 3).requires_grad_(), torch.randn(2, 8).requires_grad_()
-    resets = torch.zeros(7, 2, dtype=bool)
-    resets[3, 1] = True
-    agent.remember(x, resets, memory)[-1].sum().backward()
-    reached = (x.grad != 0).all(-1)
+    obs, memory = torch.randn(7, 2, 3).requires_grad_(), torch.randn(2, 8).requires_grad_()
+    done = torch.zeros(7, 2, dtype=bool)
+    done[3, 1] = True
+    agent.remember(obs, memory, done)[-1].sum().backward()
+    reached = (obs.grad != 0).all(-1)
     assert reached[:, 0].all() and reached[:, 1].tolist() == [False] * 4 + [True] * 3
     assert (memory.grad != 0).all(-1).tolist() == [True, False]
+
+
+def test_gru_minibatches_are_whole_sequences():
+    """So there cannot be more of them than environments."""
+    script, seen = recipe("gru"), []
+    args = arguments("gru", num_envs=3, num_minibatches=2, update_epochs=1)
+    envs, agent, params, optimizer = start(script, args)
+
+    def gradient(agent, args, minibatch):
+        seen.append(len(minibatch["obs"]))
+        assert all(column.shape[1] == args.num_steps for column in minibatch.values())
+        return script.gradient(agent, args, minibatch)
+
+    rollout = next(script.collect(envs, agent, args, envs.reset(seed=1)[0]))
+    script.update(agent, params, optimizer, rollout, args, gradient)
+    assert seen == [2, 1]
+    with pytest.raises(SystemExit, match="at most --num-envs"):
+        start(script, arguments("gru", num_envs=3, num_minibatches=4))
 
 
 def test_gru_solves_what_needs_a_memory(tmp_path, monkeypatch):
     """Without a memory, the mean return is 0.5; it is empty at the start of an episode."""
     script = recipe("gru")
     sizes = dict(num_envs=16, num_steps=32, num_minibatches=4, update_epochs=4, hidden_size=32)
-    options = dict(run_dir=str(tmp_path), total_timesteps=15_000, target_return=0.98)
-    options |= sizes | dict(env_id="tests/Recall-v0", eval_episodes=20, learning_rate=3e-3)
-    act, given = script.Agent.act, []
+    options = dict(total_timesteps=15_000, target_return=0.98, learning_rate=3e-3)
+    options |= dict(env_id="tests/Recall-v0", eval_episodes=20)
+    act, given, made = script.Agent.act, [], [None]
 
-    def watch(agent, obs, memory):
-        given.append(memory)
-        action, memory = act(agent, obs, memory)
-        made.append(memory)
-        return action, memory
+    def watch(agent, obs):
+        given.append(agent.memory)
+        action = act(agent, obs)
+        made.append(agent.memory)
+        return action
 
-    made = [None]
     monkeypatch.setattr(script.Agent, "act", watch)
-    result = script.train(arguments("gru", **options))
-    assert result["eval_return"] == 1 and result["global_step"] < 15_000
+    assert train_and_play("gru", tmp_path, **sizes, **options) == 1
+    assert torch.load(tmp_path / "checkpoint.pt")["progress"]["step"] < 15_000
     expected = [None if step % 5 == 0 else memory for step, memory in enumerate(made[:-1])]
     assert len(given) == 100 and all(a is b for a, b in zip(given, expected, strict=True))
-
-
-@pytest.mark.parametrize("option", ["--num-minibatches=4", "--compile", "--num-steps=3"])
-def test_gru_refuses(option, tmp_path, monkeypatch):
-    options = ["--total-timesteps=1", "--num-envs=2", "--num-steps=4", "--num-minibatches=2"]
-    options += ["--run-dir", tmp_path, option]
-    assert option.partition("=")[0] in str(main(recipe("gru"), options, monkeypatch))
 
 
 # cnn
@@ -540,27 +604,25 @@ def test_cnn_sees_images_as_they_are(shape):
 
 def test_cnn_solves_what_needs_to_see(tmp_path):
     """Blindly, the mean return is 2 of 8."""
-    options = dict(run_dir=str(tmp_path), total_timesteps=4_000, eval_episodes=5)
-    options |= dict(num_envs=16, num_steps=32, num_minibatches=4)
-    assert recipe("cnn").train(arguments("cnn", **options))["eval_return"] > 5
+    options = dict(num_envs=16, num_steps=32, num_minibatches=4)
+    assert train_and_play("cnn", tmp_path, total_timesteps=4_000, eval_episodes=5, **options) > 5
 
 
 @pytest.mark.parametrize(
-    ("observations", "actions"),
+    "observations",
     [
-        (spaces.Box(0, 1, (40, 40, 3), np.float32), spaces.Discrete(2)),
-        (spaces.Box(0, 255, (40, 35, 3), np.uint8), spaces.Discrete(2)),
-        (spaces.Box(0, 255, (40, 40), np.uint8), spaces.Discrete(2)),
-        (spaces.Dict(image=spaces.Box(0, 255, (40, 40, 3), np.uint8)), spaces.Discrete(2)),
-        (spaces.Box(0, 255, (40, 40, 3), np.uint8), spaces.MultiDiscrete([2, 2])),
+        spaces.Box(0, 1, (40, 40, 3), np.float32),
+        spaces.Box(0, 255, (40, 35, 3), np.uint8),
+        spaces.Box(0, 255, (40, 40), np.uint8),
+        spaces.Dict(image=spaces.Box(0, 255, (40, 40, 3), np.uint8)),
     ],
 )
-def test_cnn_refuses_other_spaces(observations, actions):
-    options = {"observation_space": observations, "action_space": actions}
+def test_cnn_refuses_other_observations(observations):
+    options = {"observation_space": observations, "action_space": spaces.Discrete(2)}
     gym.registry.pop("tests/Refused-v0", None)
     gym.register("tests/Refused-v0", Strict, kwargs=options)
-    with pytest.raises(gym.error.Error, match="must be uint8"):
-        recipe("cnn").make_envs(arguments("cnn", env_id="tests/Refused-v0"), 1)
+    with pytest.raises(SystemExit, match="must be (uint8|Box)"):
+        start(recipe("cnn"), arguments("cnn", env_id="tests/Refused-v0"))
 
 
 # multidiscrete
@@ -587,7 +649,7 @@ def test_log_probability_and_entropy_are_sums_over_the_dimensions():
 def test_environments_get_actions_of_their_space(dtype):
     space = spaces.MultiDiscrete([[2, 3], [4, 5]], dtype, start=[[0, 1], [2, -3]])
     agent = make_agent("multidiscrete", space)
-    actions = agent.to_env(agent.get_action(torch.zeros(1000, 4)))
+    actions = agent.to_env(agent.get_action(torch.zeros(1000, 4)).numpy())
     assert all(action in space for action in actions)
     assert (actions.min(0) == space.start).all()
     assert (actions.max(0) == space.start + space.nvec - 1).all()
@@ -595,15 +657,14 @@ def test_environments_get_actions_of_their_space(dtype):
 
 def test_multidiscrete_learns(tmp_path):
     """Each dimension of the action its own part."""
-    options = dict(run_dir=str(tmp_path), total_timesteps=8_000, learning_rate=3e-3)
+    options = dict(total_timesteps=8_000, learning_rate=3e-3, eval_episodes=20)
     options |= dict(num_envs=16, num_steps=64, num_minibatches=4, update_epochs=4)
-    args = arguments("multidiscrete", env_id="tests/Grid-v0", eval_episodes=20, **options)
-    assert recipe("multidiscrete").train(args)["eval_return"] > 0.95
+    assert train_and_play("multidiscrete", tmp_path, env_id="tests/Grid-v0", **options) > 0.95
 
 
 def test_other_actions_are_refused():
-    with pytest.raises(gym.error.Error, match="MultiDiscrete"):
-        recipe("multidiscrete").make_envs(arguments("multidiscrete", env_id="CartPole-v1"), 1)
+    with pytest.raises(SystemExit, match="must be Box, MultiDiscrete"):
+        start(recipe("multidiscrete"), arguments("multidiscrete", env_id="CartPole-v1"))
 
 
 # action_masking
@@ -621,7 +682,7 @@ def test_policy_is_the_softmax_over_valid_actions():
     agent, x = masked_agent()
     for row in x:
         valid = row[:5].nonzero().squeeze(-1)
-        expected = Categorical(logits=nn.Sequential.forward(agent.actor, row)[valid])
+        expected = Categorical(logits=agent.actor(row)[valid])
         rows = row.expand(len(valid), -1)
         logprobs, entropy = agent.get_logprob_and_entropy(rows, valid)
         torch.testing.assert_close(logprobs.exp(), expected.probs)
@@ -657,10 +718,9 @@ def test_normalisation_leaves_the_mask_alone():
 
 def test_masking_learns_and_never_takes_an_invalid_action(tmp_path):
     """The environment raises an error for one, in training and in the greedy episodes."""
-    options = dict(run_dir=str(tmp_path), total_timesteps=8_000, learning_rate=3e-3)
+    options = dict(total_timesteps=8_000, learning_rate=3e-3, eval_episodes=10)
     options |= dict(num_envs=16, num_steps=64, num_minibatches=4, update_epochs=4)
-    args = arguments("action_masking", eval_episodes=10, **options)
-    assert recipe("action_masking").train(args)["eval_return"] == 4
+    assert train_and_play("action_masking", tmp_path, **options) > 3.5
 
 
 BOX, MASK = spaces.Box(-1, 1, (2,)), spaces.MultiBinary(3)
@@ -689,11 +749,11 @@ def test_observations_must_begin_with_a_mask(space, is_taken):
     gym.register("tests/Still-v0", Still)
     script, args = recipe("action_masking"), arguments("action_masking", env_id="tests/Still-v0")
     if is_taken:
-        obs, _ = script.make_envs(args, 2).reset()
-        assert obs[:, :3].tolist() == [[0, 1, 0]] * 2 and obs.shape == (2, 5)
+        obs, _ = script.make_envs(args).reset()
+        assert obs[:, :3].tolist() == [[0, 1, 0]] * 4 and obs.shape == (4, 5)
     else:
-        with pytest.raises(gym.error.Error, match="begins with action_mask, of 3"):
-            script.make_envs(args, 2)
+        with pytest.raises(SystemExit, match="begins with action_mask, of 3"):
+            script.make_envs(args)
 
 
 # wandb
@@ -739,7 +799,7 @@ def test_a_run_holds_the_scalars_of_tensorboard(tmp_path):
     assert found.keys() == expected.keys() >= {"charts/SPS", "losses/entropy"}
     for tag, points in expected.items():
         assert dict(found[tag]) == pytest.approx(dict(points), nan_ok=True), tag
-    assert record.display_name == "run" and record.project == "ppo"
+    assert record.display_name == "a/run" and record.project == "ppo"
     config = {item.key: json.loads(item.value_json) for item in record.config.update}
     assert config["total_timesteps"] == 3000 and config["num_steps"] == 64
 
@@ -751,8 +811,7 @@ def test_each_folder_is_a_run_of_the_first_process(told, tmp_path, monkeypatch):
         script.train(arguments("wandb", total_timesteps=64, run_dir=str(tmp_path / run_dir)))
     monkeypatch.chdir(tmp_path)  # so that the folder has another name
     script.train(arguments("wandb", total_timesteps=64, run_dir="b/run"))
-    path = "b/run/checkpoint.pt"
-    script.train(arguments("wandb", evaluate=path, run_dir="b/run"), torch.load(path))
+    script.evaluate(arguments("wandb"), "b/run/checkpoint.pt")  # no run
     monkeypatch.setattr(script, "RANK", 1)
     script.train(arguments("wandb", total_timesteps=64, run_dir="c"))
     first, second, again = (call for call in told if "id" in call)

@@ -23,21 +23,17 @@ DETAILS = {
     "no advantage normalisation": "--no-norm-adv",
     "no observation normalisation": (
         "((obs - self.obs_stats.mean) / self.obs_stats.std).clamp(-10, 10).float()",
-        "obs",
+        "obs.float()",
     ),
-    "no reward scaling": ("(rewards / agent.return_stats.std).clamp(-10, 10)", "rewards"),
+    "no reward scaling": (" / agent.return_stats.std", ""),
     "no learning-rate annealing": "--no-anneal-lr",
-    "no bootstrap at time limits": ("values[1:] * ~terminations", "values[1:] * ~dones"),
-    "reset rows learned from": (
-        "real, dones = ~resets[:-1],",
-        "real, dones = ~resets[:-1] | True,",
-    ),
+    "no bootstrap at time limits": ("masked_fill(terminated, 0)", "masked_fill(done, 0)"),
     # the policy's last layer stays small
     "PyTorch's initialisation": (
         "nn.init.orthogonal_(layer.weight, gain)",
         "layer.weight.data *= min(gain, 1)",
     ),
-    "large policy output layer": ("std=0.01", "std=1.0"),
+    "large policy output layer": ("last_gain=0.01", "last_gain=1.0"),
     "value clipping": "--clip-vloss",
     "no gradient clipping": "--max-grad-norm=1e9",
     "no ratio clipping": "--clip-coef=1e9",
@@ -45,10 +41,7 @@ DETAILS = {
     "no entropy bonus": "--ent-coef=0",
     "GAE lambda 1": "--gae-lambda=1",
     "one epoch": "--update-epochs=1",
-    "actions not stretched": (
-        "self.action_center, self.action_scale = (low + high) / 2, (high - low) / 2",
-        "self.action_center, self.action_scale = 0.0, 1.0",
-    ),
+    "actions not stretched": ("self.action_center + self.action_scale * action", "action"),
 }
 STRETCHED = ["Pendulum-v1"]  # the lander's actions have the bounds ±1 anyway
 

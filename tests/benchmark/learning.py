@@ -97,8 +97,8 @@ def measure(run: Run) -> dict:
             while process.poll() is None:
                 clock.append((time.time(), cpu_seconds(process.pid)))
                 time.sleep(0.1)
-        output = Path(f"{folder}/output").read_text(encoding="utf-8")
-        greedy = re.search(r"greedy return of 20 episodes: (\S+) ± (\S+)", output)
+        output = Path(f"{folder}/output").read_text()
+        greedy = re.search(r"greedy return of 20 episodes: (\S+) \+- (\S+)", output)
         if process.returncode or not greedy:
             raise RuntimeError(f"{run}\n{output}")
         reader = EventAccumulator(f"{folder}/run", size_guidance={"scalars": 0}).Reload()

@@ -79,11 +79,13 @@ class Log(BaseCallback):
 def evaluate(model: PPO, env_id: str, seed: int, episodes: int) -> list[float]:
     """Returns of the greedy episodes that our scripts would play with this seed."""
     sys.path.insert(0, str(ROOT))
-    from ppo_discrete import derive_seed  # only now: it takes time that is not Stable-Baselines3's
+    # only now: it takes time that is not Stable-Baselines3's
+    from ppo_discrete import seed_everything
 
     env, envs, returns = gym.make(env_id), model.get_vec_normalize_env(), []
     for episode in range(episodes):
-        (obs, _), is_done = env.reset(seed=derive_seed(seed, 3, episode)), False
+        obs, _ = env.reset(seed=seed_everything(f"evaluation {seed} {episode}"))
+        is_done = False
         returns.append(0.0)
         while not is_done:
             x = obs if envs is None else envs.normalize_obs(obs)
@@ -108,7 +110,7 @@ def main() -> None:
     model.learn(args.total_timesteps, callback=Log(args.run_dir))
     returns = evaluate(model, args.env_id, args.seed, args.eval_episodes)
     mean, deviation = np.mean(returns), np.std(returns)
-    print(f"greedy return of {len(returns)} episodes: {mean:.1f} ± {deviation:.1f}")
+    print(f"greedy return of {len(returns)} episodes: {mean:.2f} +- {deviation:.2f}")
 
 
 if __name__ == "__main__":

@@ -121,12 +121,17 @@ def run_environment(clock: Clock, setting: list) -> None:
     import gymnasium as gym
 
     _, env_id, num_envs, num_steps, _ = setting
-    envs = clock.note_first_step(gym.make_vec(env_id, num_envs))
+    no_autoreset = dict(autoreset_mode=gym.vector.AutoresetMode.DISABLED)  # as in the scripts
+    envs = gym.make_vec(env_id, num_envs, "sync", vector_kwargs=no_autoreset)
+    clock.note_first_step(envs)
     envs.reset(seed=1)
     actions = [envs.action_space.sample() for _ in range(num_steps)]
     while True:
         for action in actions:
-            envs.step(action)
+            _, _, terminated, truncated, _ = envs.step(action)
+            done = terminated | truncated
+            if done.any():
+                envs.reset(options={"reset_mask": done})
         clock.lap(num_envs * num_steps)
 
 
