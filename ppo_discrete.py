@@ -1,5 +1,5 @@
 # /// script
-# requires-python = ">=3.10"
+# requires-python = ">=3.10,<3.14"
 # dependencies=["torch>=2.11,<2.14", "gymnasium[box2d]>=1.1", "numpy", "tensorboard>=2.21", "tyro"]
 # ///
 """Proximal Policy Optimization (PPO) for discrete actions, complete in one file.
@@ -70,7 +70,7 @@ def average(x: Tensor) -> Tensor:
 
 
 def seed_everything(key: str) -> int:
-    """Seed all random numbers, those of environments too, from a text; returns that seed."""
+    """Seed Python, NumPy and torch from a text; returns that seed, for environments' resets."""
     random.seed(key)
     seed = random.getrandbits(30)
     np.random.seed(seed)
@@ -88,7 +88,7 @@ class RunningMoments(nn.Module):
         self.register_buffer("sums", torch.zeros(3, *shape, dtype=torch.float64))  # of 1, x, x²
 
     def update(self, x: Tensor) -> None:
-        """Take in data of shape [n, *shape]; at least what rounding leaves is the deviation."""
+        """Take in data of shape [n, *shape]; std is kept above what rounding alone would give."""
         x = x.double()
         self.sums += average(torch.stack([torch.ones_like(x), x, x**2]).sum(dim=1))
         count, total, squares = self.sums
@@ -148,7 +148,7 @@ class Agent(nn.Module):
 
 def make_envs(args: Args) -> gym.vector.VectorEnv:
     """Environments side by side, their observations flat."""
-    # Resetting by itself, Gymnasium adds a row after each episode that looks like a step.
+    # By default, Gymnasium's reset adds a row after each episode that looks like a step.
     no_autoreset = dict(autoreset_mode=gym.vector.AutoresetMode.DISABLED)
     envs = gym.make_vec(args.env_id, args.num_envs, "sync", vector_kwargs=no_autoreset)
     space = envs.single_observation_space
@@ -160,7 +160,7 @@ def make_envs(args: Args) -> gym.vector.VectorEnv:
 def collect(envs: gym.vector.VectorEnv, agent: Agent, args: Args, obs: np.ndarray):
     """Yields rollouts from obs on, with a tensor [num_steps, num_envs, ...] of each name."""
     done = np.zeros(args.num_envs, bool)  # in the step before
-    lengths, returns, discounted_returns = np.zeros((3, args.num_envs))  # of the episodes so far
+    lengths, returns, discounted_returns = np.zeros((3, args.num_envs))  # last: past rewards decay
     while True:
         rows = []
         for _ in range(args.num_steps):
@@ -250,13 +250,13 @@ def update(agent, params, optimizer, rollout, args: Args, compute_gradient) -> d
             break
     if not params.isfinite().all():
         sys.exit("error: the loss became NaN: lower --learning-rate, or --num-minibatches?")
-    agent.obs_stats.update(rollout["obs"].flatten(0, 1))  # all above has seen the old ones
+    agent.obs_stats.update(rollout["obs"].flatten(0, 1))  # last: π acted and learned on the old
     unexplained = batch["advantages"].var() / batch["targets"].var()  # A = target - V
     return log | {"losses/explained_variance": 1 - unexplained}
 
 
 def load(path: str, **modules: nn.Module | torch.optim.Optimizer) -> dict:
-    """Read a checkpoint, and into modules that it has by name; exits where it does not fit."""
+    """Read a checkpoint, and the state of each module named in it; exits where it does not fit."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         for name, module in modules.items():
@@ -269,9 +269,9 @@ def load(path: str, **modules: nn.Module | torch.optim.Optimizer) -> dict:
 def train(args: Args) -> Agent:
     """Algorithm 1 of the paper, in args.run_dir, where it goes on from a checkpoint."""
     torch.set_num_threads(1)  # small networks gain little from more
-    gpu = torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    gpu = torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # one each
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if gpu else "cpu"
-    args = Args(**json.loads(json.dumps(vars(args))))  # refuses what no checkpoint can hold
+    args = Args(**json.loads(json.dumps(vars(args))))  # a copy; odd types fail here, not in load
     callers_key = str(random.random())
     seed_everything(f"start {args.seed}")  # so that all processes have the same parameters
     envs = make_envs(args)
@@ -291,14 +291,14 @@ def train(args: Args) -> Agent:
     if RANK == 0:  # the first process writes and prints
         writer = SummaryWriter(args.run_dir, purge_step=progress["step"] + 1)
         writer.add_text("hyperparameters", "\n\n".join(f"{k}: {v}" for k, v in vars(args).items()))
-        print(f"{args.run_dir}: step {progress['step']:,}, return {progress['best']:.2f} at best")
+        print(f"{args.run_dir}: step {progress['step']:,}, best return {progress['best']:.2f}")
     seed = seed_everything(f"reset {args.seed} {RANK} {progress['step']}")
     rollouts = collect(envs, agent, args, envs.reset(seed=seed)[0])
 
     while progress["step"] < args.total_timesteps and progress["best"] < args.target_return:
         clock = time.time()
         start = progress["step"]
-        seed_everything(f"iteration {args.seed} {RANK} {start}")  # so that a resumed run is equal
+        seed_everything(f"iteration {args.seed} {RANK} {start}")  # the same in a resumed run
         remaining = 1 - start / args.total_timesteps if args.anneal_lr else 1
         optimizer.param_groups[0]["lr"] = remaining * args.learning_rate  # detail 4
         rollout = {name: column.to(device) for name, column in next(rollouts).items()}
@@ -310,7 +310,7 @@ def train(args: Args) -> Agent:
         mean = average(torch.tensor(mean, device=device, dtype=torch.float64)).item()
         if RANK == 0 and os.path.exists(path) and load(path)["progress"] != progress:
             sys.exit(f"error: another run writes to {args.run_dir}")
-        names = ["best.pt", "checkpoint.pt"] if mean > progress["best"] else ["checkpoint.pt"]
+        files = ["best.pt", "checkpoint.pt"] if mean > progress["best"] else ["checkpoint.pt"]
         progress = dict(step=step, best=float(np.fmax(progress["best"], mean)), returns=returns)
         if RANK > 0:
             continue
@@ -327,7 +327,7 @@ def train(args: Args) -> Agent:
         checkpoint |= dict(agent=agent.state_dict(), optimizer=optimizer.state_dict())
         data = io.BytesIO()  # writing a file itself, torch.save hides why that fails
         torch.save(checkpoint, data)
-        for name in names:  # after a kill, a file is the old one or the new one
+        for name in files:  # after a kill, a file is the old one or the new one
             with open(f"{args.run_dir}/{name}.tmp", "wb") as file:
                 file.write(data.getbuffer())
             os.replace(f"{args.run_dir}/{name}.tmp", f"{args.run_dir}/{name}")
@@ -337,12 +337,12 @@ def train(args: Args) -> Agent:
         writer.close()
     if WORLD_SIZE > 1:
         torch.distributed.destroy_process_group()
-    seed_everything(callers_key)
+    seed_everything(callers_key)  # so that a caller's random numbers do not follow from args.seed
     return agent
 
 
 def evaluate(args: Args, path: str) -> float:
-    """Mean return of greedy episodes of a checkpoint, which are shown or filmed."""
+    """Mean return of greedy episodes of a checkpoint, shown or filmed if args say so."""
     drawing = {"render_mode": "rgb_array"} if args.render or args.capture_video else {}
     env = gym.wrappers.FlattenObservation(gym.make(args.env_id, **drawing))
     if args.capture_video:
@@ -382,7 +382,7 @@ def main() -> None:
     except (UnregisteredEnv, DeprecatedEnv, DependencyNotInstalled, ModuleNotFoundError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        if RANK == 0:
+        if RANK == 0 and args.evaluate is None:
             print(f"stopped: --run-dir {args.run_dir} goes on", file=sys.stderr)
         sys.exit(130)
 

@@ -188,7 +188,7 @@ def test_target_return_best_and_tags(script, args, tmp_path, monkeypatch, capsys
     # a target that is reached is not forgotten, and the run says why it ends at once
     capsys.readouterr()
     assert main(script, ["--run-dir", options.run_dir, "--total-timesteps=99999"], monkeypatch) == 0
-    line = f"step {reached['step']:,}, return {reached['best']:.2f} at best"
+    line = f"step {reached['step']:,}, best return {reached['best']:.2f}"
     assert capsys.readouterr().out == f"{options.run_dir}: {line}\n"
     assert read(tmp_path / "run/checkpoint.pt")["progress"] == reached
 
@@ -457,4 +457,4 @@ def test_inline_metadata_and_requirements_say_the_same(name):
     block = re.match(r"# /// script\n((?:#.*\n)+?)# ///\n", source)[1]
     listed = re.search(r"dependencies *= *(\[.*\])", block.replace("\n#", ""))[1]
     assert json.loads(listed) == (ROOT / "requirements.txt").read_text().split()
-    assert 'requires-python = ">=3.10"' in block
+    assert 'requires-python = ">=3.10,<3.14"' in block
