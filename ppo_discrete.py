@@ -101,7 +101,9 @@ class Agent(nn.Module):
 
     def __init__(self, obs_space: gym.spaces.Box, action_space: gym.spaces.Discrete, args: Args):
         super().__init__()
-        if type(obs_space) is not gym.spaces.Box or type(action_space) is not gym.spaces.Discrete:
+        if not (
+            isinstance(obs_space, gym.spaces.Box) and isinstance(action_space, gym.spaces.Discrete)
+        ):
             sys.exit(f"error: spaces must be Box, Discrete, not {obs_space}, {action_space}")
         obs_dim, action_dim = math.prod(obs_space.shape), int(action_space.n)
 
@@ -138,7 +140,7 @@ class Agent(nn.Module):
 
     def to_env(self, action: np.ndarray) -> np.ndarray:
         """Actions of the policy as the environment takes them: a space may start anywhere."""
-        return action + self.action_space.start
+        return (action + self.action_space.start).astype(self.action_space.dtype)
 
     @torch.no_grad()
     def act(self, obs: np.ndarray) -> np.ndarray:
@@ -165,13 +167,13 @@ def collect(envs: gym.vector.VectorEnv, agent: Agent, args: Args, obs: np.ndarra
         rows = []
         for _ in range(args.num_steps):
             for i in np.flatnonzero(~np.isfinite(obs).all(axis=1)):
-                sys.exit(f"error: environment {i} starts with the observation {obs[i]}")
+                sys.exit(f"error: environment {i} starts with obs {obs[i].tolist()}")
             actions = agent.get_action(agent.normalize(obs)).cpu().numpy()
             next_obs, rewards, terminated, truncated, _ = envs.step(agent.to_env(actions))
             # what is seen after a termination may be NaN, since nothing needs it
             finite = np.isfinite(rewards) & (np.isfinite(next_obs).all(axis=1) | terminated)
             for i in np.flatnonzero(~finite):
-                sys.exit(f"error: environment {i}: observation {next_obs[i]}, reward {rewards[i]}")
+                sys.exit(f"error: environment {i}: obs {next_obs[i].tolist()}, reward {rewards[i]}")
             lengths = lengths * ~done + 1
             returns = returns * ~done + rewards
             discounted_returns = args.gamma * discounted_returns * ~done + rewards

@@ -262,16 +262,6 @@ class Strict(gym.Env):
         return self.observation_space.sample(), 0.0, False, len(self.actions) % 7 == 0, {}
 
 
-class Mission(spaces.Space):
-    """A space that Gymnasium does not know."""
-
-    def sample(self, mask=None, probability=None):
-        return "go to the door"
-
-    def contains(self, x):
-        return isinstance(x, str)
-
-
 class Target(gym.Env):
     """One step; the nearer the action comes to a target, the better."""
 
@@ -418,7 +408,6 @@ OBSERVATIONS = {
     "Bits": spaces.MultiBinary(4),
     "float64": spaces.Box(-1, 1, (4,), np.float64),
     "Sequence": spaces.Sequence(spaces.Discrete(2)),
-    "Mission": spaces.Dict({"mission": Mission(), "image": spaces.Box(0, 1, (3,), np.float32)}),
 }
 for dtype in ("uint8", "uint16", "uint32", "int64"):
     OBSERVATIONS[dtype] = spaces.Box(0, 200, (5,), dtype)

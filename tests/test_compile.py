@@ -37,7 +37,7 @@ def test_compiled_gradients_are_the_eager_ones(script, args):
 
 
 @pytest.mark.skipif(not shutil.which(compiler), reason="no C++ compiler")
-def test_a_run_may_be_compiled(script, args, tmp_path):
+def test_a_run_may_be_compiled(script, args):
     options = args("Endless", num_envs=4, num_steps=16, num_minibatches=4, total_timesteps=200)
     options.compile = True
     torch._dynamo.reset()

@@ -62,8 +62,8 @@ def test_value_of_an_endless_task_ignores_the_time_limit(script, args):
 )
 def test_learns(tmp_path, name, env_id, options, at_least):
     script = importlib.import_module(name)
-    options |= dict(num_envs=8, num_steps=128, num_minibatches=4, learning_rate=2e-3)
-    args = script.Args(env_id=env_id, run_dir=str(tmp_path / "run"), **options)
+    sizes = dict(num_envs=8, num_steps=128, num_minibatches=4, learning_rate=2e-3)
+    args = script.Args(env_id=env_id, run_dir=str(tmp_path / "run"), **sizes, **options)
     steps = script.train(args).obs_stats.sums[0].max()
     assert 0 <= steps - args.total_timesteps < args.num_envs * args.num_steps
     assert script.evaluate(args, f"{args.run_dir}/checkpoint.pt") >= at_least
