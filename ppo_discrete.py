@@ -246,7 +246,7 @@ def update(agent, params, optimizer, rollout, args: Args, compute_gradient) -> d
             minibatch = {name: part[k] for name, part in parts.items()}
             grad, log = compute_gradient(agent, args, minibatch)
             params.grad = average(grad)
-            nn.utils.clip_grad_norm_(params, args.max_grad_norm)  # detail 11
+            nn.utils.clip_grad_norm_(params, args.max_grad_norm, foreach=False)  # detail 11
             optimizer.step()
         if args.target_kl is not None and average(log["losses/approx_kl"]) > args.target_kl:
             break
