@@ -40,7 +40,7 @@ class Args:
     capture_video: bool = False  # film the greedy episodes (needs moviepy)
     env_id: str = "Pendulum-v1"  # Gymnasium id, or my_module:MyEnv-v0 for one of your own
     total_timesteps: int = 500_000  # steps to learn from, over all environments and processes
-    target_return: float = math.inf  # end training once the last 100 episodes reach this mean
+    target_return: float = math.inf  # end training once the last 100 episodes have this mean
     num_envs: int = 16  # environments stepped side by side, in each process
     num_steps: int = 256  # steps of each environment per iteration
     hidden_size: int = 64  # units in each of the two hidden layers of both networks
@@ -70,7 +70,7 @@ def average(x: Tensor) -> Tensor:
 
 
 def seed_everything(key: str) -> int:
-    """Seed Python, NumPy and torch from a text; returns that seed, for environments' resets."""
+    """Seed Python, NumPy and torch from a text; returns a seed for environments' resets."""
     random.seed(key)
     seed = random.getrandbits(30)
     np.random.seed(seed)
@@ -233,7 +233,7 @@ def gradient(agent: Agent, args: Args, minibatch: dict[str, Tensor]) -> tuple[Te
 
 
 def update(agent, params, optimizer, rollout, args: Args, compute_gradient) -> dict[str, Tensor]:
-    """Improve π and V, whose parameters are parts of params, in epochs of shuffled minibatches."""
+    """Improve π and V, whose parameters are views of params, in epochs of shuffled minibatches."""
     agent.return_stats.update(rollout["discounted_returns"].flatten())
     rewards = (rollout["rewards"] / agent.return_stats.std).float()  # detail c8, without c9
     with torch.no_grad():
@@ -285,7 +285,7 @@ def train(args: Args) -> Agent:
     seed_everything(f"start {args.seed}")  # so that all processes have the same parameters
     envs = make_envs(args)
     agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(device)
-    # All parameters become parts of one vector: one tensor for Adam and torchrun, which is faster.
+    # All parameters become views of one vector: one tensor for Adam and torchrun, which is faster.
     params = nn.utils.parameters_to_vector(agent.parameters()).detach()
     nn.utils.vector_to_parameters(params, agent.parameters())
     optimizer = torch.optim.Adam([params], args.learning_rate, eps=1e-5, fused=True)  # detail 3
@@ -318,7 +318,7 @@ def train(args: Args) -> Agent:
         mean = sum(returns) / 100 if len(returns) == 100 else math.nan
         mean = average(torch.tensor(mean, device=device, dtype=torch.float64)).item()
         if RANK == 0 and os.path.exists(path) and load(path)["progress"] != progress:
-            sys.exit(f"error: another run writes to {args.run_dir}")
+            sys.exit(f"error: another run writes to {args.run_dir}")  # not what we saved last
         files = ["best.pt", "checkpoint.pt"] if mean > progress["best"] else ["checkpoint.pt"]
         progress = dict(step=step, best=float(np.fmax(progress["best"], mean)), returns=returns)
         if RANK > 0:
@@ -334,7 +334,7 @@ def train(args: Args) -> Agent:
         writer.flush()
         checkpoint = dict(args=vars(args), progress=progress)
         checkpoint |= dict(agent=agent.state_dict(), optimizer=optimizer.state_dict())
-        data = io.BytesIO()  # writing a file itself, torch.save hides why that fails
+        data = io.BytesIO()  # given a path, torch.save hides why writing fails
         torch.save(checkpoint, data)
         for name in files:  # after a kill, a file is the old one or the new one
             with open(f"{args.run_dir}/{name}.tmp", "wb") as file:
