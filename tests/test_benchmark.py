@@ -75,7 +75,7 @@ def test_speed_is_measured_also_of_another_checkout(call, tmp_path, capsys):
     speeds = {name: float(row["steps_per_second"]) for name, row in rows.items()}
     assert trace.read_text() == "."  # the other script has run, once
     fastest = speeds.pop("environment")
-    assert 100 < min(speeds.values()) and max(speeds.values()) < fastest / 3
+    assert 100 < min(speeds.values()) and max(speeds.values()) < fastest
     for name, row in rows.items():
         first, iteration = float(row["first_step_s"]), float(row["first_iteration_s"])
         assert 0 < first < iteration < first + 30
