@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 
 import numpy as np
@@ -17,6 +18,7 @@ import ablation  # noqa: E402
 import learning  # noqa: E402
 import plot  # noqa: E402
 import sb3  # noqa: E402
+import search  # noqa: E402
 import speed  # noqa: E402
 from common import commit, read, write  # noqa: E402
 
@@ -145,6 +147,8 @@ def test_finished_runs_are_not_made_again_and_a_failed_one_keeps_the_others(call
         *([(10, "")] * 3),
         *((200_000, "--gamma=0.9"), (500_000, "--gamma=0.9")),
     ]
+    call(learning, *tasks, "--seeds=2", "--first-seed=14", "--contenders", "ours")
+    assert [run.seed for run in measured[44:]] == [14, 14, 15, 15]
 
 
 def test_a_program_that_fails_is_reported_with_its_output(tmp_path):
@@ -270,3 +274,45 @@ def test_tables_and_the_figure_are_made_of_the_rows(results):
     assert (steps[0], steps[-1]) == (50, 5_000) and np.isnan(mean[:3]).all()
     assert np.allclose(mean[3:43], 1.5) and np.allclose(mean[50:], 2.5)
     assert np.allclose(mean[42:51], np.linspace(1.5, 2.5, 9)) and np.allclose(deviation[3:], 0)
+
+
+@pytest.mark.parametrize("mark, limit, reached, steps", [(5, 60, 1, 1024), (501, 0, 0, 512)])
+def test_a_candidate_trains_to_the_mark_or_the_limit(monkeypatch, mark, limit, reached, steps):
+    monkeypatch.setitem(learning.TASKS, "CartPole-v1", ("ppo_discrete", 100_000, mark))
+    options = {name: choices[0] for name, choices in search.CHOICES.items()}
+    options |= dict(batch=[4, 128], rows=256, update_epochs=1)
+    row = search.train(options, "CartPole-v1", 11, limit)
+    assert row["reached"] == reached and 0 < row["cpu_seconds"] and row["steps"] in (512, steps)
+
+
+def test_the_search_drops_mixes_confirms_and_goes_on(monkeypatch, tmp_path):
+    def train(options: dict, env_id: str, seed: int, limit: float) -> dict:
+        made.append((options, env_id, seed))
+        seconds = 1e4 * options["learning_rate"] * (1 if env_id == search.RACE[0] else 0.9)
+        return dict(steps=1, reached=int(seconds <= limit), cpu_seconds=min(seconds, limit))
+
+    made, argv = [], ["search.py", "race"]
+    monkeypatch.setattr(search, "FILE", tmp_path / "search.csv")
+    monkeypatch.setattr(search, "CANDIDATES", 40)
+    monkeypatch.setattr(search, "JOBS", 1)
+    monkeypatch.setattr(search, "train", train)
+    monkeypatch.setattr(search, "describe", dict)
+    monkeypatch.setattr(search, "ProcessPoolExecutor", lambda n, _: ThreadPoolExecutor(n))
+    monkeypatch.setattr(sys, "argv", argv)
+    search.main()
+    runs = {}
+    for row in read(search.FILE):
+        runs.setdefault((int(row["number"]), int(row["seed"])), []).append(row)
+    assert [*runs] == [(0, 11), (0, 12), (0, 13), *((k, 11) for k in range(1, 41))]
+    rates = {key: json.loads(rows[0]["options"])["learning_rate"] for key, rows in runs.items()}
+    for key, rows in runs.items():
+        assert len(rows) == (len(search.RACE) if rates[key] <= 8e-4 else 1)  # else it is dropped
+    mixed = [rate for (number, _), rate in rates.items() if number > 20]
+    assert sum(rate <= 8e-4 for rate in mixed) > 0.7 * len(mixed)  # of the best; at random 2 of 7
+    before = len(made)
+    search.main()
+    assert len(made) == before  # all is known
+    argv[1] = "confirm"
+    search.main()
+    confirmed = {(options["learning_rate"], seed) for options, _, seed in made[before:]}
+    assert confirmed == {(6e-4, 12), (6e-4, 13)} and len(made) == before + 10 * 2 * len(search.RACE)

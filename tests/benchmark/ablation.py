@@ -70,7 +70,7 @@ def main() -> None:
                     program.parent.mkdir(exist_ok=True)
                     program.write_text(source)
                     run = Run(detail, env_id, given.steps or TASKS[env_id], 0, options, program)
-                    runs += [run._replace(seed=seed) for seed in range(1, given.seeds + 1)]
+                    runs += [run._replace(seed=given.first_seed + k) for k in range(given.seeds)]
         # seed by seed, so that the details meet the same machine
         run_all(sorted(runs, key=lambda run: run.seed), given.results, given.jobs)
 

@@ -154,7 +154,8 @@ def parse(description: str, environments: dict, seeds: int, results: Path, **lis
     lists["environments"] = dict(default=[*environments], choices=environments, metavar="ID")
     for name, settings in lists.items():
         parser.add_argument(f"--{name}", nargs="+", **settings)
-    parser.add_argument("--seeds", type=int, default=seeds, help="1 to this")
+    parser.add_argument("--seeds", type=int, default=seeds, help="how many")
+    parser.add_argument("--first-seed", type=int, default=1)
     parser.add_argument("--steps", type=int, help="instead of those of the task")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time")
     parser.add_argument("--results", type=Path, default=results, help="CSV file")
@@ -167,7 +168,7 @@ def main() -> None:
     lists = dict(contenders=contenders, option=options)
     given = parse(__doc__, ALL, 10, RESULTS / "learning.csv", **lists)
     runs = []
-    for seed in range(1, given.seeds + 1):
+    for seed in range(given.first_seed, given.first_seed + given.seeds):
         for env_id in given.environments:
             script, steps, _ = ALL[env_id]
             for contender in given.contenders:  # side by side, so that they meet the same machine
