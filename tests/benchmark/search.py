@@ -55,7 +55,7 @@ def train(options: dict, env_id: str, seed: int, limit: float) -> dict:
     options |= dict(num_envs=envs, num_steps=steps, num_minibatches=max(1, envs * steps // rows))
     text = (ROOT / f"{script}.py").read_text(encoding="utf-8")
     text = text.replace("math.log(0.8)", f"math.log({options.pop('deviation')})")
-    sys.modules[script] = module = types.ModuleType(script)
+    sys.modules["candidate"] = module = types.ModuleType("candidate")
     exec(text, module.__dict__)
     update, returns, row = module.update, [], dict(steps=0, reached=0)
 
