@@ -6,9 +6,9 @@
 Both can be stopped and started again; whole runs are made with learning.py --first-seed 11. Seeds 1
 to 10 are left for the evidence. The rule: a run's time is the CPU seconds that it trains until it
 reaches the mark, in those of the first defaults (number 0); at 1.25 it is cut. A candidate's score
-is the geometric mean over tasks and seeds; the race drops it once it is cut, or its score is above
-1. The first 20 are random, the others mix options of the ten best. Of those whose whole runs lose
-no task, the lowest score wins; of equal ones, that with less in it.
+is the geometric mean; the race drops it once it is cut, or its score is above 1. The first 20 are
+random, the others mix options of the ten best. The lowest score wins of those whose whole runs lose
+no task; of equal ones, that with less in it.
 """
 
 import argparse
@@ -81,8 +81,7 @@ def find(rows: list[dict], **key) -> list[dict]:
     return [row for row in rows if all(row[name] == str(key[name]) for name in key)]
 
 
-def base(rows: list[dict], env_id: str) -> float:
-    """CPU seconds of the defaults to the mark."""
+def defaults_seconds(rows: list[dict], env_id: str) -> float:
     defaults = find(rows, number=0, environment=env_id)
     return statistics.median(float(row["cpu_seconds"]) for row in defaults)
 
@@ -90,14 +89,15 @@ def base(rows: list[dict], env_id: str) -> float:
 def score(rows: list[dict], **key) -> float:
     cut = [CUT] * len(find(rows, **key, reached=0))
     reached = find(rows, **key, reached=1)
-    times = [float(row["cpu_seconds"]) / base(rows, row["environment"]) for row in reached]
+    times = [float(r["cpu_seconds"]) / defaults_seconds(rows, r["environment"]) for r in reached]
     return statistics.geometric_mean(times + cut)
 
 
 def best(rows: list[dict]) -> list[str]:
     """The ten candidates that finished the race with the lowest scores."""
-    numbers = {row["number"] for row in rows if row["environment"] == RACE[-1]} - {"0"}
-    return sorted(numbers, key=lambda number: score(rows, number=number, seed=11))[:10]
+    numbers = {row["number"] for row in rows} - {"0"}
+    finished = [n for n in numbers if len(find(rows, number=n, seed=11)) == len(RACE)]
+    return sorted(finished, key=lambda number: score(rows, number=number, seed=11))[:10]
 
 
 def options_of(rows: list[dict], number: int) -> dict:
@@ -129,7 +129,7 @@ def main() -> None:
             if stage == "race" and number and find(rows, **key):
                 if find(rows, **key, reached=0) or score(rows, **key) > 1:
                     break
-            limit = CUT * base(rows, env_id) if number else math.inf
+            limit = CUT * defaults_seconds(rows, env_id) if number else math.inf
             result = pool.submit(train, options, env_id, seed, limit).result()
             row = key | dict(environment=env_id, options=json.dumps(options)) | result
             with lock:
