@@ -294,7 +294,7 @@ def test_the_search_drops_mixes_confirms_and_goes_on(monkeypatch, tmp_path):
     made, argv = [], ["search.py", "race"]
     monkeypatch.setattr(search, "FILE", tmp_path / "search.csv")
     monkeypatch.setattr(search, "CANDIDATES", 40)
-    monkeypatch.setattr(search, "JOBS", 1)
+    monkeypatch.setattr(search.os, "cpu_count", lambda: 1)
     monkeypatch.setattr(search, "train", train)
     monkeypatch.setattr(search, "describe", dict)
     monkeypatch.setattr(search, "ProcessPoolExecutor", lambda n, _: ThreadPoolExecutor(n))

@@ -40,17 +40,17 @@ CHOICES = {  # the first of each: the defaults of the first race
     "gamma": [0.995, 0.98, 0.99, 0.998],
     "gae_lambda": [0.95, 0.9, 0.98],
     "ent_coef": [0.003, 0.0, 0.001, 0.01],
-    "max_grad_norm": [0.5, 1, 5],
-    "target_kl": [None, None, 0.02, 0.04],
-    "hidden_size": [64, 64, 128],
     "deviation": [0.8, 0.6, 1.0],  # of continuous actions at first
 }
-FILE, CANDIDATES, CUT, JOBS = RESULTS / "search.csv", 120, 1.25, os.cpu_count()
+FILE = RESULTS / "search.csv"
+CANDIDATES = 120
+CUT = 1.25
 
 
 def train(options: dict, env_id: str, seed: int, limit: float) -> dict:
     """Train to the mark, or for so many CPU seconds."""
-    (script, total, mark), options = TASKS[env_id], dict(options)
+    script, total, mark = TASKS[env_id]
+    options = dict(options)
     (envs, steps), rows = options.pop("batch"), options.pop("rows")
     options |= dict(num_envs=envs, num_steps=steps, num_minibatches=max(1, envs * steps // rows))
     text = (ROOT / f"{script}.py").read_text(encoding="utf-8")
@@ -118,7 +118,8 @@ def main() -> None:
     parser.add_argument("stage", choices=["race", "confirm"])
     stage = parser.parse_args().stage
     os.environ |= ENVIRON
-    rows, lock, pool = read(FILE), Lock(), ProcessPoolExecutor(JOBS, get_context("spawn"))
+    pool = ProcessPoolExecutor(os.cpu_count(), get_context("spawn"))
+    rows, lock = read(FILE), Lock()
 
     def examine(number: int, seed: int) -> None:
         options = options_of(rows, number)
@@ -135,13 +136,12 @@ def main() -> None:
             with lock:
                 rows.append({name: str(value) for name, value in (row | describe()).items()})
                 write(FILE, rows)
-            print(*row.values(), flush=True)
 
     stages = {
         "race": [[(0, 11), (0, 12), (0, 13)], [(1 + k, 11) for k in range(CANDIDATES)]],
         "confirm": [[(number, seed) for seed in (12, 13) for number in map(int, best(rows))]],
     }
-    with ThreadPoolExecutor(JOBS) as threads:
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
         for pairs in stages[stage]:
             list(threads.map(examine, *zip(*pairs, strict=True)))
 
