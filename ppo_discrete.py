@@ -41,14 +41,14 @@ class Args:
     env_id: str = "CartPole-v1"  # Gymnasium id, or my_module:MyEnv-v0 for one of your own
     total_timesteps: int = 500_000  # steps to learn from, over all environments and processes
     target_return: float = math.inf  # end training once the last 100 episodes have this mean
-    num_envs: int = 16  # environments stepped side by side, in each process
-    num_steps: int = 256  # steps of each environment per iteration
+    num_envs: int = 32  # environments stepped side by side, in each process
+    num_steps: int = 64  # steps of each environment per iteration
     hidden_size: int = 64  # units in each of the two hidden layers of both networks
-    learning_rate: float = 8e-4  # of Adam, at the start
+    learning_rate: float = 1e-3  # of Adam, at the start
     anneal_lr: bool = True  # lower it linearly to 0 over the run
     gamma: float = 0.995  # discount factor
     gae_lambda: float = 0.95  # lambda of GAE: 0 = TD(0), 1 = Monte Carlo
-    num_minibatches: int = 16  # gradient steps per epoch
+    num_minibatches: int = 8  # gradient steps per epoch
     update_epochs: int = 10  # passes over the data of an iteration
     norm_adv: bool = True  # normalise the advantages of each minibatch
     clip_coef: float = 0.1  # epsilon: the ratio gains nothing by moving further than this from 1
