@@ -111,6 +111,10 @@ def test_learning_is_measured(call, monkeypatch):
         assert 100 < int(row["mark_steps"]) < 8_192
         assert 0 < float(row["mark_cpu_seconds"]) < float(row["cpu_seconds"])
         assert 0 < float(row["mark_wall_seconds"]) < float(row["wall_seconds"])
+        seconds = [float(second) for second in row["curve_cpu_seconds"].split()]
+        assert len(seconds) == learning.POINTS and seconds == sorted(seconds)
+        part = int(row["mark_steps"]) * learning.POINTS // 8_192  # at the end of which it is past
+        assert float(row["mark_cpu_seconds"]) <= seconds[part] + 0.01 < float(row["cpu_seconds"])
     curve, known = np.array([row["curve"].split() for row in (ours, peer)], float), np.isfinite
     assert known(curve[:, :50]).sum(1).min() > 20 and np.nanmin(curve) >= 8
     assert known(curve[1, 50:]).any() and not known(curve[0, 50:]).any()  # ours ended half-way

@@ -114,6 +114,10 @@ def measure(run: Run) -> dict:
         row["mark_steps"], row["mark_wall_seconds"] = steps[reached], at - clock[0][0]
         row["mark_cpu_seconds"] = float(np.interp(at, *zip(*clock, strict=True)))
     row |= dict(cpu_seconds=clock[-1][1], wall_seconds=clock[-1][0] - clock[0][0])
+    ends = (np.arange(POINTS) + 1) * run.steps / POINTS  # of the parts of the curve
+    passed = np.interp([e.wall_time for e in episodes], *zip(*clock, strict=True))
+    seconds = np.interp(ends, steps, passed) if steps else []
+    row["curve_cpu_seconds"] = " ".join(f"{second:.4g}" for second in seconds)
     return row | describe() | {"curve": curve(steps, returns, run.steps)}
 
 
