@@ -271,6 +271,11 @@ def test_tables_and_the_figure_are_made_of_the_rows(results):
         assert line in page
     assert "old" not in page and plot.render(page) == page
     assert (results / "curves.png").read_bytes()[1:4] == b"PNG"
+    assert not (results / "seconds.png").exists()  # they were not measured
+    rows, seconds = read(results / "learning.csv"), " ".join(map(str, range(plot.POINTS)))
+    write(results / "learning.csv", [row | dict(curve_cpu_seconds=seconds) for row in rows])
+    plot.draw(results, "CPU seconds")
+    assert (results / "seconds.png").read_bytes()[1:4] == b"PNG"
 
     # in the parts between, a line; of the seed in which no episode ended, nothing
     ours = plot.grouped(results / "learning.csv", "who")["ours",]

@@ -4,7 +4,8 @@
 
 A table stands between <!-- NAME --> and <!-- end -->, where NAME is that of a function below;
 <!-- NAME FOLDER --> takes the files of a folder in results/. Each folder with a learning.csv gets a
-curves.png.
+curves.png, of curves against steps, and a seconds.png, against seconds, of the tasks in which there
+are both contenders.
 """
 
 import math
@@ -177,8 +178,8 @@ def average(rows: list[dict]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return steps, curves.mean(0), curves.std(0)
 
 
-def draw(folder: Path) -> None:
-    """Learning curves: mean over the seeds, and a band of one deviation around it."""
+def draw(folder: Path, against: str) -> None:
+    """Curves against "steps" or "CPU seconds": mean over the seeds, and a band of one deviation."""
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
@@ -186,32 +187,43 @@ def draw(folder: Path) -> None:
     plt.rcParams.update(dict.fromkeys(inked, INK) | {"axes.titlesize": 10})
     tasks, colors = {}, {}
     for (task, who), rows in grouped(folder / "learning.csv", "task", "who").items():
-        tasks.setdefault(task, {})[who] = rows
         colors.setdefault(who, COLORS[len(colors) % len(COLORS)])
+        if against == "steps" or all(row.get("curve_cpu_seconds") for row in rows):
+            tasks.setdefault(task, {})[who] = rows
+    if against != "steps":
+        tasks = {task: contenders for task, contenders in tasks.items() if len(contenders) > 1}
+    if not tasks:
+        return
     columns = min(4, len(tasks))
     size = dict(figsize=(3.3 * columns, 2.6 * math.ceil(len(tasks) / columns)), squeeze=False)
     figure, axes = plt.subplots(-(-len(tasks) // columns), columns, layout="constrained", **size)
     for axis, contenders in zip(axes.flat, tasks.values(), strict=False):
         for who, rows in contenders.items():
-            steps, mean, deviation = average(rows)
-            axis.plot(steps, mean, color=colors[who], label=who)
+            x, mean, deviation = average(rows)
+            if against != "steps":
+                x = np.array([row["curve_cpu_seconds"].split() for row in rows], float).mean(0)
+            axis.plot(x, mean, color=colors[who], label=who)
             band = dict(color=colors[who], alpha=0.25, linewidth=0)
-            axis.fill_between(steps, mean - deviation, mean + deviation, **band)
+            axis.fill_between(x, mean - deviation, mean + deviation, **band)
         axis.axhline(ALL[rows[0]["environment"]][2], color=INK, linewidth=0.8, linestyle=":")
         axis.set_title(rows[0]["environment"])
-        axis.xaxis.set_major_formatter(lambda value, _: f"{value / 1e3:g}k")
+        if against == "steps":
+            axis.xaxis.set_major_formatter(lambda value, _: f"{value / 1e3:g}k")
     for axis in axes.flat[len(tasks) :]:
         axis.axis("off")
     lines = [plt.Line2D([], [], color=color) for color in colors.values()]
     figure.legend(lines, colors, loc="outside upper center", ncols=4, frameon=False)
-    figure.supxlabel("steps")
+    figure.supxlabel(against)
     figure.supylabel("return of training episodes")
-    figure.savefig(folder / "curves.png", transparent=True, dpi=110)
+    name = "curves.png" if against == "steps" else "seconds.png"
+    figure.savefig(folder / name, transparent=True, dpi=110)
+    plt.close(figure)
 
 
 def main() -> None:
     for path in sorted(RESULTS.rglob("learning.csv")):
-        draw(path.parent)
+        for against in ("steps", "CPU seconds"):
+            draw(path.parent, against)
     for page in PAGES:
         page.write_text(render(page.read_text(encoding="utf-8")), encoding="utf-8")
 
