@@ -2,10 +2,8 @@
 
     python tests/benchmark/plot.py
 
-A table stands between <!-- NAME --> and <!-- end -->, where NAME is that of a function below;
-<!-- NAME FOLDER --> takes the files of a folder in results/. Each folder with a learning.csv gets a
-curves.png, of curves against steps, and a seconds.png, against seconds, of the tasks in which there
-are both contenders.
+A table stands between <!-- NAME --> and <!-- end -->, where NAME is that of a function below. The
+curves are drawn against steps, and, of tasks with both contenders, against seconds.
 """
 
 import math
@@ -161,9 +159,9 @@ def render(page: str) -> str:
     """The page with the tables of now."""
 
     def renew(match: re.Match) -> str:
-        return f"{match[1]}\n{TABLES[match[2]](RESULTS / (match[3] or ''))}\n{match[4]}"
+        return f"{match[1]}\n{TABLES[match[2]](RESULTS)}\n{match[3]}"
 
-    pattern = r"(<!-- (\w+) ?(\w*) -->\n).*?(<!-- end -->)"
+    pattern = r"(<!-- (\w+) -->\n).*?(<!-- end -->)"
     return re.sub(pattern, renew, page, flags=re.DOTALL)
 
 
@@ -221,9 +219,8 @@ def draw(folder: Path, against: str) -> None:
 
 
 def main() -> None:
-    for path in sorted(RESULTS.rglob("learning.csv")):
-        for against in ("steps", "CPU seconds"):
-            draw(path.parent, against)
+    for against in ("steps", "CPU seconds"):
+        draw(RESULTS, against)
     for page in PAGES:
         page.write_text(render(page.read_text(encoding="utf-8")), encoding="utf-8")
 
