@@ -4,11 +4,11 @@
 # ///
 """Proximal Policy Optimization (PPO) for continuous actions, complete in one file.
 
-    python ppo_continuous.py --env-id Pendulum-v1 --run-dir runs/a  # learn; again: go on
-    python ppo_continuous.py --evaluate runs/a/best.pt --render  # watch what was learned
-    torchrun --standalone --nproc-per-node 4 ppo_continuous.py  # learn with four processes
 "The paper": Schulman et al. 2017, arXiv:1707.06347. GAE: Schulman et al. 2016, arXiv:1506.02438.
 Detail n: Huang et al. 2022, "The 37 Implementation Details of PPO" (cn: for continuous actions).
+
+    python ppo_continuous.py --env-id Pendulum-v1 --run-dir runs/a  # learn; again: go on
+    python ppo_continuous.py --evaluate runs/a/best.pt --render  # watch what was learned
 """
 
 import io
@@ -118,7 +118,7 @@ class Agent(nn.Module):
         self.actor = network(action_dim, last_gain=0.01)
         self.actor_logstd = nn.Parameter(torch.full((action_dim,), math.log(0.8)))  # detail c2
         self.obs_stats, self.return_stats = RunningMoments(obs_dim), RunningMoments()
-        # [-1, 1] is stretched to an action's bounds if both are within ±1e9; else its scale is 1.
+        # Actions are clipped (detail c5), and [-1, 1] is stretched to bounds that are within ±1e9.
         self.action_space = action_space
         low, high = np.array([action_space.low, action_space.high], float).clip(-1e9, 1e9)
         bounded = (low > -1e9) & (high < 1e9)
@@ -133,7 +133,7 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def get_action(self, obs: Tensor) -> Tensor:
-        """Actions sampled from π for normalised observations, [..., action_dim]."""
+        """Actions sampled from π, a row each, for normalised observations, [n, obs_dim]."""
         return torch.normal(self.actor(obs), self.actor_logstd.exp())
 
     def get_logprob_and_entropy(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
@@ -143,7 +143,7 @@ class Agent(nn.Module):
         return log_density.sum(-1), (self.actor_logstd + 0.5 * math.log(2 * math.pi * math.e)).sum()
 
     def to_env(self, action: np.ndarray) -> np.ndarray:
-        """Actions of the policy as the environment takes them (detail c5)."""
+        """Actions of the policy as the environment takes them."""
         space = self.action_space
         action = action.reshape(action.shape[:-1] + space.shape)
         action = np.clip(self.action_center + self.action_scale * action, space.low, space.high)

@@ -4,11 +4,11 @@
 # ///
 """Proximal Policy Optimization (PPO) for discrete actions, complete in one file.
 
-    python ppo_discrete.py --env-id CartPole-v1 --run-dir runs/a  # learn; again: go on
-    python ppo_discrete.py --evaluate runs/a/best.pt --render  # watch what was learned
-    torchrun --standalone --nproc-per-node 4 ppo_discrete.py  # learn with four processes
 "The paper": Schulman et al. 2017, arXiv:1707.06347. GAE: Schulman et al. 2016, arXiv:1506.02438.
 Detail n: Huang et al. 2022, "The 37 Implementation Details of PPO" (cn: for continuous actions).
+
+    python ppo_discrete.py --env-id CartPole-v1 --run-dir runs/a  # learn; again: go on
+    python ppo_discrete.py --evaluate runs/a/best.pt --render  # watch what was learned
 """
 
 import io
@@ -129,7 +129,7 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def get_action(self, obs: Tensor) -> Tensor:
-        """Actions sampled from π for normalised observations, [n], of [n, obs_dim]."""
+        """Actions sampled from π, a row each, for normalised observations, [n, obs_dim]."""
         return torch.multinomial(self.actor(obs).softmax(-1), 1).squeeze(-1)
 
     def get_logprob_and_entropy(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
@@ -139,7 +139,7 @@ class Agent(nn.Module):
         return logprob, -(logprobs.exp() * logprobs).sum(-1)
 
     def to_env(self, action: np.ndarray) -> np.ndarray:
-        """Actions of the policy as the environment takes them: a space may start anywhere."""
+        """Actions of the policy as the environment takes them."""
         return (action + self.action_space.start).astype(self.action_space.dtype)
 
     @torch.no_grad()
