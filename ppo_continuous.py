@@ -133,7 +133,7 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def get_action(self, obs: Tensor) -> Tensor:
-        """Actions sampled from π, a row each, for normalised observations, [n, obs_dim]."""
+        """Actions sampled from π, one each, for normalised observations, [n, obs_dim]."""
         return torch.normal(self.actor(obs), self.actor_logstd.exp())
 
     def get_logprob_and_entropy(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
@@ -157,7 +157,7 @@ class Agent(nn.Module):
 
 def make_envs(args: Args) -> gym.vector.VectorEnv:
     """Environments side by side, their observations flat."""
-    # By default, Gymnasium's reset adds a row after each episode that looks like a step.
+    # By default, Gymnasium's autoreset adds a row after each episode that looks like a step.
     no_autoreset = dict(autoreset_mode=gym.vector.AutoresetMode.DISABLED)
     envs = gym.make_vec(args.env_id, args.num_envs, "sync", vector_kwargs=no_autoreset)
     space = envs.single_observation_space
@@ -167,9 +167,9 @@ def make_envs(args: Args) -> gym.vector.VectorEnv:
 
 
 def collect(envs: gym.vector.VectorEnv, agent: Agent, args: Args, obs: np.ndarray):
-    """Yields rollouts from obs on, with a tensor [num_steps, num_envs, ...] of each name."""
+    """Yields rollouts from obs on: tensors [num_steps, num_envs, ...] by name."""
     done = np.zeros(args.num_envs, bool)  # in the step before
-    lengths, returns, discounted_returns = np.zeros((3, args.num_envs))  # last: past rewards decay
+    lengths, returns, discounted_returns = np.zeros((3, args.num_envs))  # of the episodes so far
     while True:
         rows = []
         for _ in range(args.num_steps):
@@ -183,7 +183,7 @@ def collect(envs: gym.vector.VectorEnv, agent: Agent, args: Args, obs: np.ndarra
                 sys.exit(f"error: environment {i}: obs {next_obs[i].tolist()}, reward {rewards[i]}")
             lengths = lengths * ~done + 1
             returns = returns * ~done + rewards
-            discounted_returns = args.gamma * discounted_returns * ~done + rewards
+            discounted_returns = args.gamma * discounted_returns * ~done + rewards  # detail c8
             done = terminated | truncated
             row = dict(obs=obs, actions=actions, rewards=rewards, next_obs=next_obs)
             row |= dict(terminated=terminated, done=done, discounted_returns=discounted_returns)
@@ -193,7 +193,7 @@ def collect(envs: gym.vector.VectorEnv, agent: Agent, args: Args, obs: np.ndarra
 
 
 def compute_gae(rewards, values, next_values, terminated, done, args: Args) -> Tensor:
-    """Generalised advantage estimates (GAE, eq. 16), [num_steps, num_envs] as all it takes."""
+    """Generalised advantage estimates (eq. 16 of GAE), [num_steps, num_envs] as all it takes."""
     # A time limit (done, but not terminated) only cut the episode off: V(s') stands for the rest.
     deltas = rewards + args.gamma * next_values.masked_fill(terminated, 0) - values
     advantages = deltas.clone()
@@ -233,7 +233,7 @@ def gradient(agent: Agent, args: Args, minibatch: dict[str, Tensor]) -> tuple[Te
 
 
 def update(agent, params, optimizer, rollout, args: Args, compute_gradient) -> dict[str, Tensor]:
-    """Improve π and V, whose parameters are views of params, in epochs of shuffled minibatches."""
+    """Improve π and V by shuffled minibatches; params: all of their parameters, as in `train`."""
     agent.return_stats.update(rollout["discounted_returns"].flatten())
     rewards = (rollout["rewards"] / agent.return_stats.std).float()  # detail c8, without c9
     with torch.no_grad():
@@ -241,16 +241,15 @@ def update(agent, params, optimizer, rollout, args: Args, compute_gradient) -> d
         values = agent.critic(obs).squeeze(-1)
         next_values = agent.critic(agent.normalize(rollout["next_obs"])).squeeze(-1)
         logprobs, _ = agent.get_logprob_and_entropy(obs, rollout["actions"])
-    ends = dict(terminated=rollout["terminated"], done=rollout["done"])
-    advantages = compute_gae(rewards, values, next_values, **ends, args=args)
+    ends = rollout["terminated"], rollout["done"]
+    advantages = compute_gae(rewards, values, next_values, *ends, args)
     batch = dict(obs=obs, actions=rollout["actions"], old_logprobs=logprobs, old_values=values)
     batch |= dict(advantages=advantages, targets=advantages + values)
     batch = {name: column.flatten(0, 1) for name, column in batch.items()}  # a row a step
     for _ in range(args.update_epochs):
         order = torch.randperm(len(batch["obs"]), device=params.device)
-        parts = {name: c[order].tensor_split(args.num_minibatches) for name, c in batch.items()}
-        for k in range(args.num_minibatches):
-            minibatch = {name: part[k] for name, part in parts.items()}
+        for rows in order.tensor_split(args.num_minibatches):
+            minibatch = {name: column[rows] for name, column in batch.items()}
             grad, log = compute_gradient(agent, args, minibatch)
             params.grad = average(grad)
             nn.utils.clip_grad_norm_(params, args.max_grad_norm, foreach=False)  # detail 11
@@ -280,8 +279,7 @@ def train(args: Args) -> Agent:
     torch.set_num_threads(1)  # small networks gain little from more
     gpu = torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # one each
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if gpu else "cpu"
-    args = Args(**json.loads(json.dumps(vars(args))))  # a copy; odd types fail here, not in load
-    callers_key = str(random.random())
+    args = Args(**json.loads(json.dumps(vars(args))))  # types that load refuses fail here
     seed_everything(f"start {args.seed}")  # so that all processes have the same parameters
     envs = make_envs(args)
     agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(device)
@@ -289,9 +287,9 @@ def train(args: Args) -> Agent:
     params = nn.utils.parameters_to_vector(agent.parameters()).detach()
     nn.utils.vector_to_parameters(params, agent.parameters())
     optimizer = torch.optim.Adam([params], args.learning_rate, eps=1e-5, fused=True)  # detail 3
-    if WORLD_SIZE > 1:  # after Adam, whose imports would keep the group alive for good
+    if WORLD_SIZE > 1:  # after Adam: what that imports would keep the group from ending
         torch.distributed.init_process_group()
-    torch._dynamo.config.trace_autograd_ops = True  # --compile: loss and gradient in one graph
+    torch._dynamo.config.trace_autograd_ops = args.compile  # loss and gradient in one graph
     compute_gradient = torch.compile(gradient, dynamic=False) if args.compile else gradient
     path = os.path.join(args.run_dir, "checkpoint.pt")
     progress = dict(step=0, best=-math.inf, returns=[])
@@ -320,7 +318,7 @@ def train(args: Args) -> Agent:
         if RANK == 0 and os.path.exists(path) and load(path)["progress"] != progress:
             sys.exit(f"error: another run writes to {args.run_dir}")  # not what we saved last
         files = ["best.pt", "checkpoint.pt"] if mean > progress["best"] else ["checkpoint.pt"]
-        progress = dict(step=step, best=float(np.fmax(progress["best"], mean)), returns=returns)
+        progress = dict(step=step, best=max(progress["best"], mean), returns=returns)
         if RANK > 0:
             continue
         for t, env in done.nonzero().tolist():
@@ -346,7 +344,6 @@ def train(args: Args) -> Agent:
         writer.close()
     if WORLD_SIZE > 1:
         torch.distributed.destroy_process_group()
-    seed_everything(callers_key)  # so that a caller's random numbers do not follow from args.seed
     return agent
 
 

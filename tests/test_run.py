@@ -60,19 +60,12 @@ def same(a, b) -> bool:
 
 
 def test_same_seed_same_parameters_to_the_bit(script, troubled, tmp_path):
-    """And random numbers of the caller that do not repeat."""
-    agents, drawn = [], []
+    agents = []
     for seed, name in ((1, "a"), (1, "b"), (2, "c")):
-        agents.append(
-            script.train(
-                troubled("Short", seed=seed, total_timesteps=300, run_dir=str(tmp_path / name))
-            )
-        )
-        drawn.append((random.random(), np.random.random(), torch.rand(()).item()))
+        options = dict(seed=seed, total_timesteps=300, run_dir=str(tmp_path / name))
+        agents.append(script.train(troubled("Short", **options)))
     first, again, other = map(parameters, agents)
     assert torch.equal(first, again) and not torch.equal(first, other)
-    for numbers in zip(*drawn, strict=True):
-        assert len({*numbers}) == 3
 
 
 def test_a_run_goes_on_as_if_it_had_never_stopped(script, troubled, tmp_path, monkeypatch):
