@@ -118,6 +118,8 @@ class Agent(nn.Module):
         self.actor = network(action_dim, last_gain=0.01)
         self.actor_logstd = nn.Parameter(torch.full((action_dim,), math.log(0.8)))  # detail c2
         self.obs_stats, self.return_stats = RunningMoments(obs_dim), RunningMoments()
+        # One-hot observations stay as they are: scaled, a rare state would be an input of 10.
+        self.one_hot = obs_space.dtype.kind in "iu" and bool((obs_space.high == 1).all())
         # Actions are clipped (detail c5), and [-1, 1] is stretched to bounds that are within ±1e9.
         self.action_space = action_space
         low, high = np.array([action_space.low, action_space.high], float).clip(-1e9, 1e9)
@@ -258,7 +260,8 @@ def update(agent, params, optimizer, rollout, args: Args, compute_gradient) -> d
             break
     if not params.isfinite().all():
         sys.exit("error: the loss became NaN: lower --learning-rate, or --num-minibatches?")
-    agent.obs_stats.update(rollout["obs"].flatten(0, 1))  # last: π acted and learned on the old
+    if not agent.one_hot:
+        agent.obs_stats.update(rollout["obs"].flatten(0, 1))  # last: π acted, learned on the old
     unexplained = batch["advantages"].var() / batch["targets"].var()  # A = target - V
     return log | {"losses/explained_variance": 1 - unexplained}
 

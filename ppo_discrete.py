@@ -119,6 +119,8 @@ class Agent(nn.Module):
         self.critic = network(1, last_gain=1.0)
         self.actor = network(action_dim, last_gain=0.01)
         self.obs_stats, self.return_stats = RunningMoments(obs_dim), RunningMoments()
+        # One-hot observations stay as they are: scaled, a rare state would be an input of 10.
+        self.one_hot = obs_space.dtype.kind in "iu" and bool((obs_space.high == 1).all())
         self.action_space = action_space
 
     def normalize(self, obs: np.ndarray | Tensor) -> Tensor:
@@ -251,7 +253,8 @@ def update(agent, params, optimizer, rollout, args: Args, compute_gradient) -> d
             break
     if not params.isfinite().all():
         sys.exit("error: the loss became NaN: lower --learning-rate, or --num-minibatches?")
-    agent.obs_stats.update(rollout["obs"].flatten(0, 1))  # last: π acted and learned on the old
+    if not agent.one_hot:
+        agent.obs_stats.update(rollout["obs"].flatten(0, 1))  # last: π acted, learned on the old
     unexplained = batch["advantages"].var() / batch["targets"].var()  # A = target - V
     return log | {"losses/explained_variance": 1 - unexplained}
 

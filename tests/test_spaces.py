@@ -105,7 +105,11 @@ def test_trains_and_plays_where_observations_flatten_and_others_count(script, ar
     options = args(env, num_envs=2, num_steps=16, num_minibatches=2, eval_episodes=1)
     options.total_timesteps = 100
     agent = script.train(options)
-    assert agent.obs_stats.sums[0].min() == 128
+    if env in ("Cell", "Bits"):  # zeros and ones are not normalised
+        ones = np.eye(len(agent.obs_stats.mean), dtype=int)
+        assert agent.normalize(ones).tolist() == ones.tolist()
+    else:
+        assert agent.obs_stats.sums[0].min() == 128
     returned = script.evaluate(options, f"{options.run_dir}/checkpoint.pt")
     assert returned == {"Counted": 5.0}.get(env, 0.0)
 
