@@ -119,8 +119,8 @@ class Agent(nn.Module):
         self.critic = network(1, last_gain=1.0)
         self.actor = network(action_dim, last_gain=0.01)
         self.obs_stats, self.return_stats = RunningMoments(obs_dim), RunningMoments()
-        # One-hot observations stay as they are: scaled, a rare state would be an input of 10.
-        self.one_hot = obs_space.dtype.kind in "iu" and bool((obs_space.high == 1).all())
+        # Zeros and ones stay as they are, without statistics: scaled, a rare 1 would be a 10.
+        self.binary = obs_space.dtype.kind in "biu" and {*obs_space.low, *obs_space.high} == {0, 1}
         self.action_space = action_space
 
     def normalize(self, obs: np.ndarray | Tensor) -> Tensor:
@@ -164,7 +164,7 @@ def make_envs(args: Args) -> gym.vector.VectorEnv:
 def collect(envs: gym.vector.VectorEnv, agent: Agent, args: Args, obs: np.ndarray):
     """Yields rollouts from obs on: tensors [num_steps, num_envs, ...] by name."""
     done = np.zeros(args.num_envs, bool)  # in the step before
-    lengths, returns, discounted_returns = np.zeros((3, args.num_envs))  # of the episodes so far
+    lengths, returns, discounted_returns = np.zeros((3, args.num_envs))  # of each running episode
     while True:
         rows = []
         for _ in range(args.num_steps):
@@ -228,7 +228,7 @@ def gradient(agent: Agent, args: Args, minibatch: dict[str, Tensor]) -> tuple[Te
 
 
 def update(agent, params, optimizer, rollout, args: Args, compute_gradient) -> dict[str, Tensor]:
-    """Improve π and V by shuffled minibatches; params: all of their parameters, as in `train`."""
+    """Improve π and V by shuffled minibatches; params: a vector, their parameters are views."""
     agent.return_stats.update(rollout["discounted_returns"].flatten())
     rewards = (rollout["rewards"] / agent.return_stats.std).float()  # detail c8, without c9
     with torch.no_grad():
@@ -253,8 +253,8 @@ def update(agent, params, optimizer, rollout, args: Args, compute_gradient) -> d
             break
     if not params.isfinite().all():
         sys.exit("error: the loss became NaN: lower --learning-rate, or --num-minibatches?")
-    if not agent.one_hot:
-        agent.obs_stats.update(rollout["obs"].flatten(0, 1))  # last: π acted, learned on the old
+    if not agent.binary:  # last: π acted and learned with the statistics before
+        agent.obs_stats.update(rollout["obs"].flatten(0, 1))
     unexplained = batch["advantages"].var() / batch["targets"].var()  # A = target - V
     return log | {"losses/explained_variance": 1 - unexplained}
 
@@ -275,7 +275,7 @@ def train(args: Args) -> Agent:
     torch.set_num_threads(1)  # small networks gain little from more
     gpu = torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # one each
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if gpu else "cpu"
-    args = Args(**json.loads(json.dumps(vars(args))))  # types that load refuses fail here
+    args = Args(**json.loads(json.dumps(vars(args))))  # types that `load` refuses fail here
     seed_everything(f"start {args.seed}")  # so that all processes have the same parameters
     envs = make_envs(args)
     agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(device)
@@ -283,7 +283,7 @@ def train(args: Args) -> Agent:
     params = nn.utils.parameters_to_vector(agent.parameters()).detach()
     nn.utils.vector_to_parameters(params, agent.parameters())
     optimizer = torch.optim.Adam([params], args.learning_rate, eps=1e-5, fused=True)  # detail 3
-    if WORLD_SIZE > 1:  # after Adam: what that imports would keep the group from ending
+    if WORLD_SIZE > 1:  # after Adam, whose imports would keep the group from ending
         torch.distributed.init_process_group()
     torch._dynamo.config.trace_autograd_ops = args.compile  # loss and gradient in one graph
     compute_gradient = torch.compile(gradient, dynamic=False) if args.compile else gradient

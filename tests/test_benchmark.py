@@ -262,7 +262,7 @@ def test_tables_and_the_figure_are_made_of_the_rows(results):
     for line in (
         "ours | -200 ± 100 | -300 | -199 ± 100 | -200 | 2 of 3 | 3,000 | 3,000 | 30 |",
         "stable-baselines3 | -7 ± 0 | -7 | -6 ± 0 | -200 | 2 of 3 | 9,000 | 9,000 | 90 |",
-        "| Pendulum-v1, 5,000 steps | 30, never, 10 | 75, 90, never | 3.0 |",
+        "| Pendulum-v1, 5,000 steps | 3000, never, 1000 | 7500, 9000, never | 3.0 |",
         "| the defaults: greedy return | -200 ± 100 |\n| one epoch | -20 ± 10 |",
         "| a | 10,000 (1.00) | 35,000 (3.50) |",
         "| a | 1.3, 2.0 | 1.3, 2.0 |",
@@ -276,6 +276,11 @@ def test_tables_and_the_figure_are_made_of_the_rows(results):
     write(results / "learning.csv", [row | dict(curve_cpu_seconds=seconds) for row in rows])
     plot.draw(results, "CPU seconds")
     assert (results / "seconds.png").read_bytes()[1:4] == b"PNG"
+
+    ours, peers = plot.grouped(results / "learning.csv", "who").values()
+    both = plot.paired({"ours": ours[1:], "peers": peers[:2]})
+    assert [[row["seed"] for row in rows] for rows in both.values()] == [["3"], ["3"]]
+    assert plot.paired({"ours": ours}) == plot.paired({"a": ours[:1], "b": peers[1:]}) == {}
 
     # in the parts between, a line; of the seed in which no episode ended, nothing
     ours = plot.grouped(results / "learning.csv", "who")["ours",]

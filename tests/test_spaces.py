@@ -114,6 +114,18 @@ def test_trains_and_plays_where_observations_flatten_and_others_count(script, ar
     assert returned == {"Counted": 5.0}.get(env, 0.0)
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "dtype", "binary"),
+    [(0, 1, bool, True), (0, 1, np.int8, True), (0, 1, np.float32, False)]
+    + [(-1, 1, np.int8, False), (-50, [0, 1], int, False), (0, 9, int, False)],
+)
+def test_only_whole_zeros_and_ones_are_not_normalised(low, high, dtype, binary):
+    low, high = np.broadcast_to(low, 2).astype(dtype), np.broadcast_to(high, 2).astype(dtype)
+    space = spaces.Box(low, high, dtype=dtype)
+    agent = ppo_discrete.Agent(space, spaces.Discrete(2), ppo_discrete.Args())
+    assert agent.binary == binary
+
+
 @pytest.mark.parametrize(("script", "env"), [(ppo_discrete, "Start"), (ppo_continuous, "Scalar")])
 @pytest.mark.filterwarnings("ignore:.*Casting input x to numpy array")
 def test_a_discrete_space_may_start_anywhere_and_a_box_have_no_shape(script, env, tmp_path):

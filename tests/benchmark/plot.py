@@ -82,12 +82,12 @@ def learning(folder: Path) -> str:
 
 
 def solved(folder: Path) -> str:
-    """Seconds from the start of a process to the mark, of the seeds that a peer has run as well."""
+    """CPU seconds of a process up to the mark, of the seeds that a peer has run as well."""
     cells = {}
     for (task,), rows in grouped(folder / "learning.csv", "task").items():
         seconds = {"ours": {}, "stable-baselines3": {}}
         for row in rows:
-            reached = float(row["mark_wall_seconds"] or "inf")
+            reached = float(row["mark_cpu_seconds"] or "inf")
             seconds.setdefault(row["who"], {})[row["seed"]] = reached
         ours, peers = seconds["ours"], seconds["stable-baselines3"]
         if seeds := sorted(ours.keys() & peers.keys(), key=int):
@@ -176,6 +176,15 @@ def average(rows: list[dict]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return steps, curves.mean(0), curves.std(0)
 
 
+def paired(contenders: dict[str, list[dict]]) -> dict[str, list[dict]]:
+    """The runs with seeds that every contender has run; nothing where there are none."""
+    seeds = [{row["seed"] for row in rows} for rows in contenders.values()]
+    shared = set.intersection(*seeds)
+    if len(contenders) < 2 or not shared:
+        return {}
+    return {who: [r for r in rows if r["seed"] in shared] for who, rows in contenders.items()}
+
+
 def draw(folder: Path, against: str) -> None:
     """Curves against "steps" or "CPU seconds": mean over the seeds, and a band of one deviation."""
     matplotlib.use("agg")
@@ -189,7 +198,8 @@ def draw(folder: Path, against: str) -> None:
         if against == "steps" or all(row.get("curve_cpu_seconds") for row in rows):
             tasks.setdefault(task, {})[who] = rows
     if against != "steps":
-        tasks = {task: contenders for task, contenders in tasks.items() if len(contenders) > 1}
+        tasks = {task: paired(contenders) for task, contenders in tasks.items()}
+        tasks = {task: contenders for task, contenders in tasks.items() if contenders}
     if not tasks:
         return
     columns = min(4, len(tasks))
