@@ -228,7 +228,7 @@ def gradient(agent: Agent, args: Args, minibatch: dict[str, Tensor]) -> tuple[Te
 
 
 def update(agent, params, optimizer, rollout, args: Args, compute_gradient) -> dict[str, Tensor]:
-    """Improve π and V by shuffled minibatches; params: a vector, their parameters are views."""
+    """Improve π and V by shuffled minibatches; params: the vector their parameters are views of."""
     agent.return_stats.update(rollout["discounted_returns"].flatten())
     rewards = (rollout["rewards"] / agent.return_stats.std).float()  # detail c8, without c9
     with torch.no_grad():
