@@ -236,8 +236,8 @@ def update(agent, params, optimizer, rollout, args: Args, compute_gradient) -> d
         values = agent.critic(obs).squeeze(-1)
         next_values = agent.critic(agent.normalize(rollout["next_obs"])).squeeze(-1)
         logprobs, _ = agent.get_logprob_and_entropy(obs, rollout["actions"])
-    terminated, done = rollout["terminated"], rollout["done"]
-    advantages = compute_gae(rewards, values, next_values, terminated, done, args)
+    ends = rollout["terminated"], rollout["done"]
+    advantages = compute_gae(rewards, values, next_values, *ends, args)
     batch = dict(obs=obs, actions=rollout["actions"], old_logprobs=logprobs, old_values=values)
     batch |= dict(advantages=advantages, targets=advantages + values)
     batch = {name: column.flatten(0, 1) for name, column in batch.items()}  # a row a step
