@@ -39,7 +39,7 @@ class Args:
     render: bool = False  # show the greedy episodes in a window
     capture_video: bool = False  # film the greedy episodes (needs moviepy)
     env_id: str = "Pendulum-v1"  # Gymnasium id, or my_module:MyEnv-v0 for one of your own
-    total_timesteps: int = 500_000  # steps to learn from, over all environments and processes
+    total_timesteps: int = 500_000  # learn from at least these, of all environments and processes
     target_return: float = math.inf  # end training once the last 100 episodes have this mean
     num_envs: int = 16  # environments stepped side by side, in each process
     num_steps: int = 256  # steps of each environment per iteration
@@ -56,7 +56,7 @@ class Args:
     ent_coef: float = 0.003  # weight c2 of the entropy bonus
     vf_coef: float = 0.5  # weight c1 of the value loss, (V - target)^2 / 2
     max_grad_norm: float = 0.5  # largest norm of the gradient of all parameters together
-    target_kl: float | None = None  # end an iteration's epochs once KL(old, new) exceeds this
+    target_kl: float | None = None  # no more epochs once the last minibatch's KL(old, new) is above
 
 
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun
@@ -88,7 +88,7 @@ class RunningMoments(nn.Module):
         self.register_buffer("sums", torch.zeros(3, *shape, dtype=torch.float64))  # of 1, x, x²
 
     def update(self, x: Tensor) -> None:
-        """Take in data of shape [n, *shape]; std is kept above what rounding alone would give."""
+        """Take in data of shape [n, *shape]; std is never 0, nor less than rounding can make it."""
         x = x.double()
         self.sums += average(torch.stack([torch.ones_like(x), x, x**2]).sum(dim=1))
         count, total, squares = self.sums
@@ -159,7 +159,7 @@ class Agent(nn.Module):
 
 def make_envs(args: Args) -> gym.vector.VectorEnv:
     """Environments side by side, their observations flat."""
-    # By default, Gymnasium's autoreset adds a row after each episode that looks like a step.
+    # No autoreset: it adds a row after each episode that looks like a step. `collect` resets.
     no_autoreset = dict(autoreset_mode=gym.vector.AutoresetMode.DISABLED)
     envs = gym.make_vec(args.env_id, args.num_envs, "sync", vector_kwargs=no_autoreset)
     space = envs.single_observation_space
@@ -195,7 +195,7 @@ def collect(envs: gym.vector.VectorEnv, agent: Agent, args: Args, obs: np.ndarra
 
 
 def compute_gae(rewards, values, next_values, terminated, done, args: Args) -> Tensor:
-    """Generalised advantage estimates (eq. 16 of GAE), [num_steps, num_envs] as all it takes."""
+    """Generalised advantage estimates (eq. 16 of GAE); every tensor is [num_steps, num_envs]."""
     # A time limit (done, but not terminated) only cut the episode off: V(s') stands for the rest.
     deltas = rewards + args.gamma * next_values.masked_fill(terminated, 0) - values
     advantages = deltas.clone()
@@ -235,16 +235,16 @@ def gradient(agent: Agent, args: Args, minibatch: dict[str, Tensor]) -> tuple[Te
 
 
 def update(agent, params, optimizer, rollout, args: Args, compute_gradient) -> dict[str, Tensor]:
-    """Improve π and V by shuffled minibatches; params: the vector their parameters are views of."""
+    """Improve π and V on shuffled minibatches; params: all their parameters, as one vector."""
     agent.return_stats.update(rollout["discounted_returns"].flatten())
-    rewards = (rollout["rewards"] / agent.return_stats.std).float()  # detail c8, without c9
+    rewards = (rollout["rewards"] / agent.return_stats.std).float()  # scaled: c8; not clipped: c9
     with torch.no_grad():
         obs = agent.normalize(rollout["obs"])
         values = agent.critic(obs).squeeze(-1)
         next_values = agent.critic(agent.normalize(rollout["next_obs"])).squeeze(-1)
         logprobs, _ = agent.get_logprob_and_entropy(obs, rollout["actions"])
-    ends = rollout["terminated"], rollout["done"]
-    advantages = compute_gae(rewards, values, next_values, *ends, args)
+    done = rollout["done"]
+    advantages = compute_gae(rewards, values, next_values, rollout["terminated"], done, args)
     batch = dict(obs=obs, actions=rollout["actions"], old_logprobs=logprobs, old_values=values)
     batch |= dict(advantages=advantages, targets=advantages + values)
     batch = {name: column.flatten(0, 1) for name, column in batch.items()}  # a row a step
@@ -267,7 +267,7 @@ def update(agent, params, optimizer, rollout, args: Args, compute_gradient) -> d
 
 
 def load(path: str, **modules: nn.Module | torch.optim.Optimizer) -> dict:
-    """Read a checkpoint, and the state of each module named in it; exits where it does not fit."""
+    """Read a checkpoint; load the named modules from it; exits where it does not fit."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         for name, module in modules.items():
@@ -282,7 +282,7 @@ def train(args: Args) -> Agent:
     torch.set_num_threads(1)  # small networks gain little from more
     gpu = torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # one each
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if gpu else "cpu"
-    args = Args(**json.loads(json.dumps(vars(args))))  # types that `load` refuses fail here
+    args = Args(**json.loads(json.dumps(vars(args))))  # plain types, or fail here and not in `load`
     seed_everything(f"start {args.seed}")  # so that all processes have the same parameters
     envs = make_envs(args)
     agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(device)
@@ -316,17 +316,17 @@ def train(args: Args) -> Agent:
         done = rollout["done"]
         step = start + done.numel() * WORLD_SIZE
         returns = (progress["returns"] + rollout["episodic_return"][done].tolist())[-100:]
-        mean = sum(returns) / 100 if len(returns) == 100 else math.nan
+        mean = sum(returns) / 100 if len(returns) == 100 else math.nan  # NaN: no best yet
         mean = average(torch.tensor(mean, device=device, dtype=torch.float64)).item()
         if RANK == 0 and os.path.exists(path) and load(path)["progress"] != progress:
             sys.exit(f"error: another run writes to {args.run_dir}")  # not what we saved last
         files = ["best.pt", "checkpoint.pt"] if mean > progress["best"] else ["checkpoint.pt"]
         progress = dict(step=step, best=max(progress["best"], mean), returns=returns)
-        if RANK > 0:
+        if RANK > 0:  # the rest writes and prints
             continue
         for t, env in done.nonzero().tolist():
+            end = start + (t + 1) * args.num_envs * WORLD_SIZE
             for tag in ("episodic_return", "episodic_length"):
-                end = start + (t + 1) * args.num_envs * WORLD_SIZE
                 writer.add_scalar(f"charts/{tag}", rollout[tag][t, env], end)
         sps = (step - start) / (time.time() - clock)
         log |= {"charts/learning_rate": remaining * args.learning_rate, "charts/SPS": sps}
@@ -376,7 +376,7 @@ def evaluate(args: Args, path: str) -> float:
 
 
 def main() -> None:
-    """Options that are not given are those of the checkpoint, if there is one."""
+    """Train and evaluate, or only that; options not given are the checkpoint's, if there is one."""
     args = tyro.cli(Args, description=__doc__)
     run_dir = args.run_dir or f"runs/{args.env_id}__{args.seed}__{time.time_ns()}".replace(":", "_")
     path = os.path.join(run_dir, "checkpoint.pt") if args.evaluate is None else args.evaluate
