@@ -99,7 +99,7 @@ class RunningMoments(nn.Module):
 class Agent(nn.Module):
     """Policy π and value function V, with the statistics that scale observations and rewards."""
 
-    def __init__(self, obs_space: gym.spaces.Box, action_space: gym.spaces.Box, args: Args):
+    def __init__(self, obs_space: gym.Space, action_space: gym.Space, args: Args):
         super().__init__()
         if not (isinstance(obs_space, gym.spaces.Box) and isinstance(action_space, gym.spaces.Box)):
             sys.exit(f"error: spaces must be Box, Box, not {obs_space}, {action_space}")

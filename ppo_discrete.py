@@ -46,7 +46,7 @@ class Args:
     hidden_size: int = 64  # units in each of the two hidden layers of both networks
     learning_rate: float = 1e-3  # of Adam, at the start
     anneal_lr: bool = True  # lower it linearly to 0 over the run
-    gamma: float = 0.995  # discount factor
+    gamma: float = 0.998  # discount factor
     gae_lambda: float = 0.95  # lambda of GAE: 0 = TD(0), 1 = Monte Carlo
     num_minibatches: int = 8  # gradient steps per epoch
     update_epochs: int = 10  # passes over the data of an iteration
@@ -99,7 +99,7 @@ class RunningMoments(nn.Module):
 class Agent(nn.Module):
     """Policy π and value function V, with the statistics that scale observations and rewards."""
 
-    def __init__(self, obs_space: gym.spaces.Box, action_space: gym.spaces.Discrete, args: Args):
+    def __init__(self, obs_space: gym.Space, action_space: gym.Space, args: Args):
         super().__init__()
         if not (
             isinstance(obs_space, gym.spaces.Box) and isinstance(action_space, gym.spaces.Discrete)
