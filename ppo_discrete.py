@@ -7,7 +7,7 @@
 "The paper": Schulman et al. 2017, arXiv:1707.06347. GAE: Schulman et al. 2016, arXiv:1506.02438.
 Detail n: Huang et al. 2022, "The 37 Implementation Details of PPO" (cn: for continuous actions).
 
-    python ppo_discrete.py --env-id CartPole-v1 --run-dir runs/a  # learn; again: go on
+    python ppo_discrete.py --env-id CartPole-v1 --run-dir runs/a  # learn; repeat it to go on
     python ppo_discrete.py --evaluate runs/a/best.pt --render  # watch what was learned
 """
 
@@ -35,7 +35,7 @@ class Args:
     compile: bool = False  # compile the gradient: pays in long runs
     run_dir: str | None = None  # folder of the run, which goes on from a checkpoint in it
     evaluate: str | None = None  # no training: play with the policy of this checkpoint
-    eval_episodes: int = 10  # greedy episodes after training, or with --evaluate
+    eval_episodes: int = 10  # greedy episodes after training; with --evaluate at least 1
     render: bool = False  # show the greedy episodes in a window
     capture_video: bool = False  # film the greedy episodes (needs moviepy)
     env_id: str = "CartPole-v1"  # Gymnasium id, or my_module:MyEnv-v0 for one of your own
@@ -46,7 +46,7 @@ class Args:
     hidden_size: int = 64  # units in each of the two hidden layers of both networks
     learning_rate: float = 1e-3  # of Adam, at the start
     anneal_lr: bool = True  # lower it linearly to 0 over the run
-    gamma: float = 0.998  # discount factor
+    gamma: float = 0.995  # discount factor
     gae_lambda: float = 0.95  # lambda of GAE: 0 = TD(0), 1 = Monte Carlo
     num_minibatches: int = 8  # gradient steps per epoch
     update_epochs: int = 10  # passes over the data of an iteration
@@ -88,7 +88,7 @@ class RunningMoments(nn.Module):
         self.register_buffer("sums", torch.zeros(3, *shape, dtype=torch.float64))  # of 1, x, x²
 
     def update(self, x: Tensor) -> None:
-        """Take in data of shape [n, *shape]; std is never 0, nor less than rounding can make it."""
+        """Take in data, [n, *shape]; std has a floor: rounding can make a variance negative."""
         x = x.double()
         self.sums += average(torch.stack([torch.ones_like(x), x, x**2]).sum(dim=1))
         count, total, squares = self.sums
@@ -119,7 +119,7 @@ class Agent(nn.Module):
         self.critic = network(1, last_gain=1.0)
         self.actor = network(action_dim, last_gain=0.01)
         self.obs_stats, self.return_stats = RunningMoments(obs_dim), RunningMoments()
-        # Zeros and ones stay as they are, without statistics: scaled, a rare 1 would be a 10.
+        # Where all are integers 0 or 1, they stay as they are: scaled, a rare 1 would be a 10.
         self.binary = obs_space.dtype.kind in "biu" and {*obs_space.low, *obs_space.high} == {0, 1}
         self.action_space = action_space
 
@@ -178,7 +178,7 @@ def collect(envs: gym.vector.VectorEnv, agent: Agent, args: Args, obs: np.ndarra
                 sys.exit(f"error: environment {i}: obs {next_obs[i].tolist()}, reward {rewards[i]}")
             lengths = lengths * ~done + 1
             returns = returns * ~done + rewards
-            discounted_returns = args.gamma * discounted_returns * ~done + rewards  # detail c8
+            discounted_returns = args.gamma * discounted_returns * ~done + rewards  # so far: c8
             done = terminated | truncated
             row = dict(obs=obs, actions=actions, rewards=rewards, next_obs=next_obs)
             row |= dict(terminated=terminated, done=done, discounted_returns=discounted_returns)
@@ -240,7 +240,7 @@ def update(agent, params, optimizer, rollout, args: Args, compute_gradient) -> d
     advantages = compute_gae(rewards, values, next_values, rollout["terminated"], done, args)
     batch = dict(obs=obs, actions=rollout["actions"], old_logprobs=logprobs, old_values=values)
     batch |= dict(advantages=advantages, targets=advantages + values)
-    batch = {name: column.flatten(0, 1) for name, column in batch.items()}  # a row a step
+    batch = {name: column.flatten(0, 1) for name, column in batch.items()}  # one row per step
     for _ in range(args.update_epochs):
         order = torch.randperm(len(batch["obs"]), device=params.device)
         for rows in order.tensor_split(args.num_minibatches):
@@ -275,7 +275,7 @@ def train(args: Args) -> Agent:
     torch.set_num_threads(1)  # small networks gain little from more
     gpu = torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # one each
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if gpu else "cpu"
-    args = Args(**json.loads(json.dumps(vars(args))))  # plain types, or fail here and not in `load`
+    args = Args(**json.loads(json.dumps(vars(args))))  # plain types: `load` takes no others
     seed_everything(f"start {args.seed}")  # so that all processes have the same parameters
     envs = make_envs(args)
     agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(device)
@@ -315,7 +315,7 @@ def train(args: Args) -> Agent:
             sys.exit(f"error: another run writes to {args.run_dir}")  # not what we saved last
         files = ["best.pt", "checkpoint.pt"] if mean > progress["best"] else ["checkpoint.pt"]
         progress = dict(step=step, best=max(progress["best"], mean), returns=returns)
-        if RANK > 0:  # the rest writes and prints
+        if RANK > 0:  # the first process alone saves and prints
             continue
         for t, env in done.nonzero().tolist():
             end = start + (t + 1) * args.num_envs * WORLD_SIZE
