@@ -317,10 +317,10 @@ def train(args: Args) -> Agent:
         progress = dict(step=step, best=max(progress["best"], mean), returns=returns)
         if RANK > 0:  # the first process alone saves and prints
             continue
-        for t, env in done.nonzero().tolist():
+        for t, i in done.nonzero().tolist():
             end = start + (t + 1) * args.num_envs * WORLD_SIZE
             for tag in ("episodic_return", "episodic_length"):
-                writer.add_scalar(f"charts/{tag}", rollout[tag][t, env], end)
+                writer.add_scalar(f"charts/{tag}", rollout[tag][t, i], end)
         sps = (step - start) / (time.time() - clock)
         log |= {"charts/learning_rate": remaining * args.learning_rate, "charts/SPS": sps}
         for tag, value in log.items():
@@ -375,7 +375,7 @@ def main() -> None:
     path = os.path.join(run_dir, "checkpoint.pt") if args.evaluate is None else args.evaluate
     if args.evaluate is not None or os.path.exists(path):
         args = tyro.cli(Args, default=load(path)["args"], description=__doc__)
-    args.run_dir = os.path.dirname(path) or "."
+    args.run_dir = run_dir
     try:
         if args.evaluate is None:
             train(args)
