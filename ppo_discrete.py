@@ -315,7 +315,7 @@ def train(args: Args) -> Agent:
             sys.exit(f"error: another run writes to {args.run_dir}")  # not what we saved last
         files = ["best.pt", "checkpoint.pt"] if mean > progress["best"] else ["checkpoint.pt"]
         progress = dict(step=step, best=max(progress["best"], mean), returns=returns)
-        if RANK > 0:  # the first process alone saves and prints
+        if RANK > 0:
             continue
         for t, i in done.nonzero().tolist():
             end = start + (t + 1) * args.num_envs * WORLD_SIZE
